@@ -50,7 +50,7 @@ from dit_video.nn.attention import (
     RelativeBias,
     get_backend_name,
 )
-from dit_video.nn.attention.api import Keys, Queries, mark_checkpoint
+from dit_video.nn.attention.api import Keys, Queries, mark_checkpoint, name_calls
 from dit_video.nn.attention.chunked import EMPTY_LSE, attend_part, compute_part_gradients, pad_to_blocks
 from dit_video.nn.layers import compute_kernel_gradient
 from dit_video.nn.partitioner import FusedConstraint, Partitioner, Precision, Split, WeightConstraint
@@ -70,6 +70,7 @@ class RingAttention:
     pattern: Pattern = Full()
     chunk: int = 256
 
+    @name_calls("ring")
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         """Return the attention of this rank's `q`, `k` and `v`; `meta` is that of the whole row."""
         bias = inputs.bias

@@ -131,6 +131,12 @@ def count_axis_slices(parallel: Parallelism, devices: int, slices: int) -> dict[
     return dict(zip(AXES, _split_slices(parallel.slices, sizes, slices), strict=True))
 
 
+def get_axis_slices(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Return the number of slices along each axis of a mesh of devices."""
+    lines = {name: np.moveaxis(mesh.devices, axis, -1) for axis, name in enumerate(mesh.axis_names)}
+    return {name: _count_slices(line.reshape(-1, line.shape[-1])[0]) for name, line in lines.items()}
+
+
 _SLOW_TRAFFIC = {
     "fsdp": "weights are gathered over the data centre's network (DCN) in each layer",
     "tensor": "activations are summed over the data centre's network (DCN) in each layer",

@@ -10,14 +10,12 @@ import jax
 from dit_video.core import config_json
 from dit_video.core.errors import GracefulStop, TransientError, UserError
 from dit_video.core.platform.provenance import get_code_version
-from dit_video.core.platform.xla_flags import find_unchecked_release
 from dit_video.core.storage import StoragePathLike, classify_storage_error, to_storage_path
 from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed
 from dit_video.experiment.remote_folder import RemoteFolder, get_local_copy, main_process_first
 from dit_video.experiment.run import Experiment, Run
 from dit_video.training.folder_lock import lock_folder
-from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.training.preemption import raise_on_sigterm
 
 
@@ -57,8 +55,6 @@ def open_run(
     ):
         with main_process_first(remote):
             run = replace(Run.create(local, experiment, remote=remote), profile=profile)
-        if (release := find_unchecked_release()) is not None:
-            print_on_first_process(f"no flags of XLA are set for {release}, with which none was checked")
         with run.open_recorder().attempt(from_process_start=True):
             yield run
 

@@ -3,6 +3,8 @@
 Plans of experiments are in `planning.plan`, `fit`, `suggest` and `pipeline`, which import what trainings need.
 """
 
+from dit_video.core.hlo import CollectiveTraffic, read_program
+from dit_video.core.platform.chips import CHIPS, Chip, find_chip
 from dit_video.planning.compiled_program import (
     CompiledStep,
     MemoryUsage,
@@ -21,8 +23,7 @@ from dit_video.planning.costs import (
     sum_collective_bytes,
 )
 from dit_video.planning.efficiencies import Calibration, find_efficiencies, get_calibration_folder, read_calibration
-from dit_video.planning.hardware import CHIPS, Chip, Topology, find_chip
-from dit_video.planning.hlo import CollectiveTraffic, read_program
+from dit_video.planning.hardware import Topology
 from dit_video.planning.roofline import (
     Efficiencies,
     Efficiency,

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from dit_video.core.hlo import Program, read_program
 from dit_video.core.offload import HOST
+from dit_video.core.platform.chips import find_chip
 from dit_video.core.platform.xla_flags import get_compiler_options
 from dit_video.core.trees import flatten
-from dit_video.planning.hardware import find_chip
-from dit_video.planning.hlo import Program, read_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,32 @@ class CompiledStep:
 @contextlib.contextmanager
 def override_default_backend(platform: str) -> Iterator[None]:
     """Override JAX's default backend in a context: layers choose their loops and kernels by it."""
-    default_backend = jax.default_backend
-    jax.default_backend = lambda: platform  # type: ignore[assignment]
+    with _replace(jax, "default_backend", lambda: platform):
+        yield
+
+
+@contextlib.contextmanager
+def assume_hopper() -> Iterator[None]:
+    """Let JAX lower cuDNN's kernels as on a Hopper GPU, which it would ask for its version and its capability."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    with (
+        _replace(cudnn, "check_cudnn_version", lambda: 91500),
+        _replace(cudnn, "check_compute_capability", lambda capability: True),
+        _replace(cudnn, "is_cuda_compute_capability_equal", lambda capability: False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _replace(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace a function of a module inside the context."""
+    original = getattr(module, name)
+    setattr(module, name, function)
     try:
         yield
     finally:
-        jax.default_backend = default_backend
+        setattr(module, name, original)
 
 
 def compile_step(

@@ -11,6 +11,7 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 
+from dit_video.core.hlo import CollectiveTraffic
 from dit_video.core.platform.devices import Platform
 from dit_video.distributed import AXES, MeshPartitioner
 from dit_video.distributed.sharding import STATE_AXES
@@ -20,7 +21,6 @@ from dit_video.nn import Linear, get_graph_def, get_param_shapes
 from dit_video.nn.attention import BackendName, SplashBlocks
 from dit_video.nn.attention.splash import DEFAULT_BLOCKS
 from dit_video.planning.compiled_program import CompiledStep, MemoryUsage
-from dit_video.planning.hlo import CollectiveTraffic
 from dit_video.planning.roofline import StepWork
 from dit_video.tokens import Grid, LayoutShape
 

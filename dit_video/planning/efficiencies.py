@@ -21,10 +21,9 @@ from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
-from dit_video.core.platform.devices import get_peak_flops
+from dit_video.core.platform.chips import CHIPS, Chip, find_chip
 from dit_video.nn.attention import AttentionInputs, BackendName, make_attention
 from dit_video.planning.costs import StepSpec
-from dit_video.planning.hardware import CHIPS, Chip, find_chip
 from dit_video.planning.roofline import COLLECTIVES, MEMORY, PRODUCTS, Efficiencies, Efficiency, name_attention_work
 
 
@@ -138,15 +137,12 @@ def calibrate(
         rates = dict(_measure_rates(device.platform, size, report))
     if len(devices) > 1:
         rates[COLLECTIVES] = measure_gather(devices, size)
-    devices_per_chip = 1
     if chip is None:
         chip = _make_cpu(rates, source)
-    else:
-        devices_per_chip = round(chip.flops / (get_peak_flops([device]) or chip.flops))
     peaks = {MEMORY: chip.bandwidth, COLLECTIVES: chip.link_bandwidth}
     by_work = {}
     for work, rate in rates.items():
-        share = rate * devices_per_chip / peaks.get(work, chip.flops)
+        share = rate * chip.device_count / peaks.get(work, chip.flops)
         by_work[work] = Efficiency(share=share, source=source)
         report(f"{work}: {rate / 1e9:,.4g} {'GB' if work in peaks else 'GFLOP'}/s, {share:.1%} of the peak")
     return Calibration(chip=chip, measured=Efficiencies(by_work=by_work))

@@ -1,6 +1,7 @@
 """Plans of experiments: memory, time and communication of a step on a topology, as a table and as JSON."""
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ import jax
 from jax.sharding import Mesh
 
 from dit_video.core.errors import UserError
+from dit_video.core.hlo import CollectiveTraffic
 from dit_video.core.memory import format_bytes
+from dit_video.core.platform.chips import find_chip
 from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten
 from dit_video.distributed import MeshPartitioner, check_denoiser, make_abstract_partitioner, make_partitioner
@@ -32,8 +35,8 @@ from dit_video.planning.costs import (
     sum_collective_bytes,
 )
 from dit_video.planning.efficiencies import find_efficiencies
-from dit_video.planning.hardware import Topology, find_chip
-from dit_video.planning.hlo import CollectiveTraffic
+from dit_video.planning.hardware import Topology
+from dit_video.planning.planned_program import describe_planned_program
 from dit_video.planning.roofline import (
     COLLECTIVES,
     MEMORY,
@@ -46,6 +49,7 @@ from dit_video.planning.roofline import (
     name_attention_work,
 )
 from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step
+from dit_video.training.program_report import ProgramReport, format_traffic
 
 _ANALYTIC = "analytic: counted, not compiled"
 
@@ -97,6 +101,8 @@ class Plan:
     """Price of a chip for an hour, in dollars."""
     warning: str | None = None
     """Warning about slices that do not lie along `data`."""
+    program: ProgramReport | None = None
+    """What the program runs; None if it is not known."""
 
     @property
     def seconds(self) -> float | None:
@@ -163,10 +169,10 @@ class Plan:
             yield f"  memory traffic {traffic}"
         if self.unknown_loops:
             yield f"    {self.unknown_loops} loops with data-dependent length are counted as one iteration"
-        for part in self.moved:
-            axes = " x ".join(part.axes).replace("part of x ", "part of ")
-            network = " between slices" if part.between_slices else ""
-            yield f"  {part.kind:<18} over {axes:<18} {format_bytes(part.bytes):>10}, {part.count} times{network}"
+        is_compiled = self.program is not None and self.program.moved is not None
+        lines = map(format_traffic, () if is_compiled else self.moved)
+        for line in itertools.chain(lines, () if self.program is None else self.program.lines()):
+            yield f"  {line}"
         for purpose, lower_bound in self.min_bytes_moved.items():
             moved_bytes = sum_collective_bytes(purpose, self.moved)
             ratio = f"{moved_bytes / lower_bound:.2f} times the least"
@@ -356,6 +362,7 @@ def plan_experiment(
         steps=steps,
         price=chip.hourly_price if price is None else price,
         warning=describe_slow_axes(slices),
+        program=describe_planned_program(experiment, part, topology, mesh_shape, compiled, clips=clips),
     )
 
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from dit_video.core.hlo import CollectiveTraffic
 from dit_video.planning.hardware import Topology
-from dit_video.planning.hlo import CollectiveTraffic
 
 
 @dataclass(frozen=True, kw_only=True)

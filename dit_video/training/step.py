@@ -67,6 +67,9 @@ StepFn = Callable[[Any, PyTree], tuple[Any, Metrics]]
 """Jitted function `(state, batch) -> (state, metrics)`."""
 
 
+Observe = Callable[[jax.stages.Compiled], None]
+
+
 def get_scalars(metrics: Metrics) -> Metrics:
     """Return the metrics of a step without the digests of its batch."""
     return {name: value for name, value in metrics.items() if name != BATCH_DIGESTS}
@@ -86,15 +89,16 @@ class TrainStep(abc.ABC):
     def update(self, state: Any, batch: PyTree, constants: Constants = ()) -> tuple[Any, Metrics]:
         """Return the state after one step, and metrics. Traceable."""
 
-    def compile(self, constants: Constants = (), *, state: Any = None) -> StepFn:
+    def compile(self, constants: Constants = (), *, state: Any = None, observe: Observe | None = None) -> StepFn:
         """Return the jitted step, which donates the state.
 
         Args:
           constants: Arrays passed to the loss as further arguments, such as the weights of a perceptual network.
             (Arrays that the loss holds itself would be compiled into the program and make it large.)
           state: State whose shardings all states have; None to take them from the state of each call.
+          observe: Function that is called with each program when it is compiled.
         """
-        step = JittedStep(self.update, constants)
+        step = JittedStep(self.update, constants, observe)
         return step if state is None else step.specialize(state)
 
 
@@ -247,16 +251,26 @@ class JittedStep:
     again.
     """
 
-    def __init__(self, step: Callable[..., Any], constants: Constants = ()) -> None:
-        self._step, self._constants = step, constants
+    def __init__(self, step: Callable[..., Any], constants: Constants = (), observe: Observe | None = None) -> None:
+        self._step, self._constants, self._observe = step, constants, observe
         self._programs: dict[Any, Any] = {}
+        self._observed: set[Any] = set()
 
     def __call__(self, state: Any, batch: PyTree) -> tuple[Any, Metrics]:
-        return self.get_program(state)(state, batch, self._constants)
+        return self._run(self.get_program(state), state, batch)
 
     def specialize(self, state: Any) -> StepFn:
         """Return the step for states with the shardings of this one."""
-        return functools.partial(self.get_program(state), constants=self._constants)
+        return functools.partial(self._run, self.get_program(state))
+
+    def _run(self, program: Any, state: Any, batch: PyTree) -> tuple[Any, Metrics]:
+        if self._observe is not None:
+            key = (program, *(leaf.shape for leaf in jax.tree.leaves(batch)))
+            if key not in self._observed:
+                self._observed.add(key)
+                # The call below takes the program that is compiled here.
+                self._observe(program.lower(state, batch, self._constants).compile())
+        return program(state, batch, self._constants)
 
     def get_program(self, state: PyTree) -> Any:
         """Return the jitted function `(state, batch, constants)` for a state, which may be shapes with shardings."""

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from dit_video.core.errors import UserError
-from dit_video.core.platform.devices import get_peak_flops
+from dit_video.core.platform.chips import get_peak_flops
 from dit_video.core.platform.provenance import get_code_version
 from dit_video.distributed import make_shardings, shard_batch
 from dit_video.training import goodput, loop
@@ -27,6 +27,7 @@ from dit_video.training.hooks.profiler import TraceConfig, Tracer
 from dit_video.training.hooks.slow_hosts import SlowHostMonitor
 from dit_video.training.hooks.throughput import GoodputLog, ThroughputMeter
 from dit_video.training.optim.ema import EmaConfig, EmaSnapshots
+from dit_video.training.program_report import ProgramLog
 from dit_video.training.state import get_shapes_on_devices, make_on_devices
 from dit_video.training.step import Metrics, StepFn, TrainStep, make_constant_shardings, make_step_program
 from dit_video.training.time_recorder import TimeRecorder
@@ -123,13 +124,14 @@ class Trainer:
                 )
             self.recorder.resume(self.name, step)
             meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops, mesh=self.mesh)
+            program_log = ProgramLog(self.folder, self.mesh)
             return loop.run(
-                self._compile_step(state),
+                self._compile_step(state, program_log),
                 state,
                 lambda _: _shard_batches(data, self.mesh, meter),
                 config=self.config,
                 checkpoints=checkpoints,
-                hooks=self._list_hooks(meter, checkpoints, plan=plan),
+                hooks=[program_log, *self._list_hooks(meter, checkpoints, plan=plan)],
                 title=f"training the {self.name}",
                 meta={"plan": plan, "config": self.resolved_config},
                 recorder=self.recorder,
@@ -234,10 +236,11 @@ class Trainer:
         params = loaded_params[0] if loaded_params else self.init(key)
         return self.train_step.init(params, is_fresh=not loaded_params)
 
-    def _compile_step(self, state: Any) -> StepFn:
+    def _compile_step(self, state: Any, program_log: ProgramLog | None = None) -> StepFn:
         shardings = make_constant_shardings(self.constants, self._frozen_params, self.mesh)
         constants = jax.device_put((*self.constants, *self._frozen_params), shardings)
-        return self.train_step.compile(constants, state=state)
+        observe = None if program_log is None or jax.process_index() else program_log.observe
+        return self.train_step.compile(constants, state=state, observe=observe)
 
 
 def _shard_batches(batches: BatchIterator, mesh: Mesh, meter: ThroughputMeter) -> Iterator[Any]:

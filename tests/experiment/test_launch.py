@@ -6,7 +6,6 @@ import os
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.core.platform import xla_flags
 from dit_video.experiment.launch import open_run
 
 
@@ -18,14 +17,6 @@ def test_errors_of_a_disk_have_the_codes_of_storage(tiny, tmp_path, number, code
     with pytest.raises(UserError, match="the disk") as error, open_run(tmp_path / "run", tiny.EXPERIMENT):
         raise OSError(number, os.strerror(number))
     assert error.value.code == code
-
-
-def test_a_release_without_checked_flags_is_told(tiny, tmp_path, monkeypatch, capsys):
-    with open_run(tmp_path / "run", tiny.EXPERIMENT):
-        assert "flags" not in capsys.readouterr().err
-    monkeypatch.setattr(xla_flags, "version", lambda _: "0.99.0")
-    with open_run(tmp_path / "run", tiny.EXPERIMENT):
-        assert "no flags of XLA are set for jaxlib 0.99.0" in capsys.readouterr().err
 
 
 def test_other_errors_stay_as_they_are(tiny, tmp_path):

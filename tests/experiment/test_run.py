@@ -55,9 +55,11 @@ def test_a_run_leaves_all_its_files(tiny, tiny_run):
         "data/report.json",
         "autoencoder/metrics.jsonl",
         "autoencoder/preview.safetensors",
+        "autoencoder/program.json",
         "autoencoder/weights.safetensors",
         "latents/table.json",
         "denoiser/metrics.jsonl",
+        "denoiser/program.json",
         "pipeline/pipeline.json",
         "pipeline/autoencoder.safetensors",
         "pipeline/denoiser.safetensors",
@@ -71,6 +73,7 @@ def test_a_run_leaves_all_its_files(tiny, tiny_run):
         every = tiny.EXPERIMENT.log_every
         assert [entry["step"] for entry in entries] == [*range(every, training.steps, every), training.steps]
         assert all(np.isfinite(entry["loss"]) for entry in entries)
+        assert ["program_kernel_calls" in entry for entry in entries] == [True] + [False] * (len(entries) - 1)
         assert Checkpoints(tiny_run / stage / "checkpoints").latest() == training.steps
 
 

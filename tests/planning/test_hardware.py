@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.platform.devices import get_peak_flops
+from dit_video.core.platform.chips import get_peak_flops
 from dit_video.planning import CHIPS, Topology, find_chip
 from support.devices import check_on_eight_devices
 

@@ -1,5 +1,6 @@
 """Plans describe what is trained: the compiled step of a plan is that of a run."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,15 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+from dit_video.core.platform.devices import Platform
 from dit_video.distributed import Parallelism
 from dit_video.experiment import Experiment, ModelConfig, Run
 from dit_video.models.autoencoders import IdentityConfig
 from dit_video.models.backbones.dit import DiTConfig
+from dit_video.planning import Topology
+from dit_video.planning.plan import plan_experiment
+from dit_video.planning.planned_program import read_lowered
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
+from dit_video.training.program_report import describe_program
 from support.devices import HANG, PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +64,29 @@ def test_a_run_s_own_step_has_the_kernels_and_operations_of_its_plan(run_in_pixe
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["run"] == result["plan"]
     assert result["attention"] == "splash"
+    assert result["compiled"] == result["planned"]
     # Forward pass, its recomputation, and the gradients of queries and of keys and values, in both layers.
-    assert result["compiled_kernels"] >= 2 * 4
+    assert sum(result["compiled"]["attention"]["self, Full: splash"].values()) >= 2 * 4
+    assert {axis for part in result["compiled"]["moved"] for axis in part["axes"]} >= {"fsdp", "context"}
+    assert result["compiled"]["warnings"] == []
     assert result["run"]["kernels"] > 0
     assert result["run"]["operations"]["dot_general"] > 0
+
+
+def test_a_run_s_own_step_has_the_kernels_and_dtypes_of_its_plan_for_a_gpu(run_in_pixels, monkeypatch):
+    topology = Topology.parse("h200:1")
+    monkeypatch.setattr(Platform, "from_device", lambda device: topology.chip.platform)
+    run = Run.open(run_in_pixels)
+    experiment = dataclasses.replace(run.experiment, parallel=Parallelism())
+    run = dataclasses.replace(run, experiment=experiment, devices=tuple(jax.devices()[:1]))
+    trainer, open_batches = experiment.denoiser.open_training(run, is_new=False)
+    with contextlib.closing(open_batches(0)) as batches:
+        program = read_lowered(*trainer.get_program(next(iter(batches))))
+    planned = plan_experiment(experiment, topology).program
+    own = describe_program(program, {}, topology.chip, flags=planned.flags, is_compiled=False)
+    assert own == planned
+    # Both layers compute their attention again in the backward pass.
+    assert own.attention["self, Full: cudnn"] == {"__cudnn$fmhaSoftmax": 4, "__cudnn$fmhaSoftmaxBackward": 2}
+    assert own.products["bf16"] > 0.9
+    assert own.recomputed > 0.1
+    assert own.warnings == ()

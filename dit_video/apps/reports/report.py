@@ -21,6 +21,7 @@ from dit_video.apps.reports.run_times import render_run_times
 from dit_video.core import files
 from dit_video.core.errors import UserError
 from dit_video.training.goodput import RunTimes
+from dit_video.training.program_report import ProgramReport
 from dit_video.video import Clip
 
 
@@ -106,6 +107,8 @@ class Report:
     """Heading of the charts."""
     times: RunTimes = field(default_factory=RunTimes)
     """Where the time of the run went."""
+    programs: Mapping[str, ProgramReport] = field(default_factory=dict)
+    """What each training ran, by its title."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Nested metrics; the leaves are numbers, strings, booleans, `None` or sequences of them."""
     config: Any = None

@@ -1,7 +1,7 @@
 """Report of a run, made from its files and evaluation."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from dit_video.sampling.pipeline_config import RUN_CONFIG
 from dit_video.sampling.request import Request
 from dit_video.training.goodput import RunTimes, read_run_times
 from dit_video.training.hooks.logging import read_metrics
+from dit_video.training.program_report import ProgramReport
 
 _MAX_RECONSTRUCTIONS = 12
 """Maximum number of reconstructions on the page; the figures are computed over all."""
@@ -69,6 +70,7 @@ def write_run_report(
         samples=_make_samples(evaluation),
         reconstructions=_make_reconstructions(evaluation),
         charts=_make_charts(source),
+        programs=_read_programs(source),
         times=times,
         metrics=_make_tables(evaluation) | _make_excluded_tables(excluded),
         config=config_json.to_json(pipeline.config) if config is None else config,
@@ -88,6 +90,7 @@ def write_autoencoder_report(path: str | Path, run: Run, evaluation: EvaluationR
         figures=_make_figures(evaluation.results, excluded, times),
         reconstructions=_make_reconstructions(evaluation),
         charts=_make_charts(run.folder),
+        programs=_read_programs(run.folder),
         times=times,
         metrics=_make_tables(evaluation) | _make_excluded_tables(excluded),
         config=config_json.to_json(experiment),
@@ -115,6 +118,7 @@ def write_models_report(path: str | Path, run: Run, results: Mapping[str, Mappin
         summary=f"{len(results)} models, created by: {run.command}. Their samples: {reports}.",
         figures=(*figures, *_make_figures({}, excluded, times)),
         charts=_make_charts(run.folder),
+        programs=_read_programs(run.folder),
         times=times,
         metrics={name: make_result_table(values) for name, values in results.items()} | _make_excluded_tables(excluded),
         config=config_json.to_json(run.experiment),
@@ -227,15 +231,25 @@ def _make_samples(evaluation: EvaluationResult) -> tuple[Sample, ...]:
 
 def _make_charts(folder: Path) -> tuple[Chart, ...]:
     charts = []
+    for title, training in _list_trainings(folder):
+        path = training / "metrics.jsonl"
+        if path.is_file() and (entries := read_metrics(path)):
+            steps = tuple(entry["step"] for entry in entries)
+            curve = Curve(name="loss", steps=steps, values=tuple(entry["loss"] for entry in entries))
+            charts.append(Chart(title=title, curves=(curve,), note="training loss per step"))
+    return tuple(charts)
+
+
+def _read_programs(folder: Path) -> dict[str, ProgramReport]:
+    programs = {title: ProgramReport.read(training) for title, training in _list_trainings(folder)}
+    return {title: program for title, program in programs.items() if program is not None}
+
+
+def _list_trainings(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the titles and the folders of the trainings of a run, and of the runs that are nested in it."""
     for model, run in _list_runs(folder).items():
         for name, title in (("autoencoder", "Autoencoder"), ("denoiser", "Denoiser")):
-            path = run / name / "metrics.jsonl"
-            if path.is_file() and (entries := read_metrics(path)):
-                steps = tuple(entry["step"] for entry in entries)
-                curve = Curve(name="loss", steps=steps, values=tuple(entry["loss"] for entry in entries))
-                title = f"{title} of {model}" if model else title
-                charts.append(Chart(title=title, curves=(curve,), note="training loss per step"))
-    return tuple(charts)
+            yield f"{title} of {model}" if model else title, run / name
 
 
 def _list_runs(folder: Path) -> dict[str, Path]:

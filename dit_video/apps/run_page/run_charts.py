@@ -88,8 +88,8 @@ def draw_others(training: TrainingState) -> list[DrawnChart]:
 
 
 def _is_shown(name: str) -> bool:
-    is_time = name.endswith("_seconds") or name == "step"
-    return is_time or name in _OWN_CHARTS or name in _THROUGHPUT or _TIMES.fullmatch(name) is not None
+    is_known = name.endswith("_seconds") or name.startswith("program_") or name == "step"
+    return is_known or name in _OWN_CHARTS or name in _THROUGHPUT or _TIMES.fullmatch(name) is not None
 
 
 def _draw(key: str, title: str, curves: Sequence[Curve], note: str = "", *, axis: str = "step") -> DrawnChart | None:

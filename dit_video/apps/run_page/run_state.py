@@ -31,6 +31,7 @@ from dit_video.experiment.checkpoints import SavedCheckpoint, find_sampled_model
 from dit_video.sampling.pipeline_config import RUN_CONFIG
 from dit_video.training.folder_lock import LOCK_FILE
 from dit_video.training.goodput import RunTimes
+from dit_video.training.program_report import ProgramReport
 
 RunStatus = Literal["new", "starting", "training", "silent", "between", "finished"]
 
@@ -117,6 +118,8 @@ class TrainingState:
     grids: tuple[GridSeries, ...]
     checkpoints: tuple[SavedCheckpoint, ...]
     evaluations: EvaluationCurves
+    program: ProgramReport | None
+    """What it runs; None before its first step, and of older versions."""
 
     @property
     def step(self) -> int:
@@ -215,6 +218,7 @@ class RunReader:
             grids=grids,
             checkpoints=checkpoints,
             evaluations=read_evaluations(folder / "evaluations"),
+            program=_read_program(folder),
         )
 
     def _list_checkpoints(self, name: str) -> tuple[SavedCheckpoint, ...]:
@@ -226,6 +230,12 @@ class RunReader:
             known = list_checkpoints(self.folder, name)
         self._checkpoints[name] = time.monotonic(), known
         return known
+
+
+def _read_program(folder: Path) -> ProgramReport | None:
+    with contextlib.suppress(UserError, OSError, KeyError, TypeError, ValueError):  # of another version
+        return ProgramReport.read(folder)
+    return None
 
 
 def read_plan(run: Path) -> RunPlan:
@@ -372,5 +382,6 @@ def _describe_training(training: TrainingState) -> dict[str, Any]:
             for grid in training.grids
         },
         "evaluations": training.evaluations,
+        "warnings": [] if training.program is None else list(training.program.warnings),
         "checkpoints": [each._asdict() for each in training.checkpoints],
     }

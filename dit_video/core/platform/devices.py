@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,31 +56,3 @@ def get_memory_limits() -> MemoryLimits:
     with contextlib.suppress(OSError, ValueError):
         host = min(host, int(_CGROUP_LIMIT.read_text()))
     return MemoryLimits(statistics.get("bytes_limit"), host)
-
-
-_PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,  # JAX reports the two cores of a chip
-    "A100": 312e12,
-    "H100 80GB HBM3": 989e12,  # other H100 models are slower
-    "H200": 989e12,
-    "B200": 2250e12,
-}
-"""Peak FLOPs per second of a JAX device in bfloat16, without sparsity, by a part of its `device_kind`. The numbers are
-from the makers' data sheets (listed in `dit_video.planning.hardware`)."""
-
-
-def get_peak_flops(devices: Sequence[Any]) -> float | None:
-    """Return the devices' total peak FLOPs per second in bfloat16, or None if one is not in the table."""
-    total = 0.0
-    for device in devices:
-        # The longest matching name wins: "TPU v5 lite" also contains "TPU v5".
-        if not (names := [name for name in _PEAK_FLOPS if name in device.device_kind]):
-            return None
-        total += _PEAK_FLOPS[max(names, key=len)]
-    return total

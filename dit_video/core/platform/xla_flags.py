@@ -122,12 +122,25 @@ def _drop_dumps(flags: str | None) -> str | None:
     return flags and " ".join(flag for flag in flags.split() if not flag.startswith("--xla_dump"))
 
 
-def find_unchecked_release() -> str | None:
-    """Return the package and release that the flags of this machine's devices were not checked with, if so.
+def list_flags(platform: str, chip: str, count: int) -> dict[str, str]:
+    """Return the flags, by environment variable, that a run on so many chips has besides those that are set already."""
+    if platform == "tpu":
+        return {"LIBTPU_INIT_ARGS": _format_flags(get_compiler_options(chip))}
+    own = get_flags()["XLA_FLAGS"] or ""
+    has_flags = _is_on() and platform == "gpu" and count > 1 and get_release("jaxlib") in CPU_FLAGS
+    return {"XLA_FLAGS": " ".join(filter(None, (own, _format_flags(GPU_FLAGS if has_flags else {}))))}
 
-    It has no flags then. Such a release may be slower than need be: jaxlib 0.10.2 took twice the time without its flag.
+
+def _format_flags(flags: Mapping[str, str]) -> str:
+    return " ".join(f"--{name}={value}" for name, value in flags.items())
+
+
+def find_unchecked_release(platform: str) -> str | None:
+    """Return the package and release that the flags of a platform were not checked with, if so; it has none then.
+
+    Such a release may be slower than need be: jaxlib 0.10.2 took twice the time for convolutions without its flag.
     """
-    package, releases = ("libtpu", TPU_RELEASES) if has_tpu() else ("jaxlib", tuple(CPU_FLAGS))
+    package, releases = ("libtpu", TPU_RELEASES) if platform == "tpu" else ("jaxlib", tuple(CPU_FLAGS))
     release = get_release(package)
     return None if not _is_on() or release in (None, *releases) else f"{package} {release}"
 
@@ -156,5 +169,5 @@ def add_flags(variable: str, flags: Mapping[str, str]) -> None:
     if chosen and not chosen.startswith("-"):  # the name of a file with flags
         return
     names = {flag.lstrip("-").partition("=")[0] for flag in chosen.split()}
-    added = [f"--{name}={value}" for name, value in flags.items() if name not in names]
-    os.environ[variable] = " ".join(filter(None, [chosen, *added]))
+    added = _format_flags({name: value for name, value in flags.items() if name not in names})
+    os.environ[variable] = " ".join(filter(None, (chosen, added)))

@@ -1,9 +1,11 @@
 """The interface of attention backends: queries, keys, values, segments and biases in, outputs out."""
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -254,6 +256,28 @@ def mark_checkpoint(results: Arrays, *, queries: int, keys: int) -> Arrays:
     """Mark arrays with the checkpoint name, so that a remat policy can keep them for the backward pass."""
     name = get_checkpoint_name(queries=queries, keys=keys)
     return results if name is None else jax.tree.map(lambda x: checkpoint_name(x, name), results)
+
+
+_Call = TypeVar("_Call", bound=Callable[..., Queries])
+
+
+def name_calls(backend: str) -> Callable[[_Call], _Call]:
+    """Return a decorator of a backend's `__call__`, after which compiled programs tell where it is used.
+
+    Its operations are in the scope `attention:BACKEND:PATTERN:KIND`, with kind `self` or `cross`; see
+    `core.hlo.read_program`.
+    """
+
+    def decorate(call: _Call) -> _Call:
+        @functools.wraps(call)
+        def named_call(self: Any, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
+            kind = "self" if inputs.context_segments is None else "cross"
+            with jax.named_scope(f"attention:{backend}:{type(self.pattern).__name__}:{kind}"):
+                return call(self, q, k, v, inputs)
+
+        return cast(_Call, named_call)
+
+    return decorate
 
 
 @runtime_checkable

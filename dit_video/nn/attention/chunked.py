@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from dit_video.core.errors import UserError, check_at_least
-from dit_video.nn.attention.api import AttentionInputs, Bias, Keys, Queries, RelativeBias, mark_checkpoint
+from dit_video.nn.attention.api import AttentionInputs, Bias, Keys, Queries, RelativeBias, mark_checkpoint, name_calls
 from dit_video.nn.attention.dense import MASK_VALUE, dot
 from dit_video.nn.attention.masks import Full, MaskBoxes, Pattern, dense_mask, mask_boxes
 from dit_video.nn.cpu import segment_blocks
@@ -123,6 +123,7 @@ class ChunkedAttention:
     def __post_init__(self):
         check_at_least(1, chunk=self.chunk)
 
+    @name_calls("chunked")
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         q = q * q.shape[-1] ** -0.5
         if isinstance(self.pattern, Full) and inputs.bias is None and self.platform == "cpu":

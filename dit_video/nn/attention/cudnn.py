@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.core.errors import UserError
-from dit_video.nn.attention.api import AttentionInputs, Keys, Queries, mark_checkpoint
+from dit_video.nn.attention.api import AttentionInputs, Keys, Queries, mark_checkpoint, name_calls
 from dit_video.nn.attention.masks import Full, Pattern, dense_mask, mask_boxes
 
 MAX_HEAD_WIDTH = 256
@@ -150,6 +150,7 @@ class CudnnAttention:
     mask_implementation: Literal["cudnn", "xla"] = "cudnn"
     """JAX's implementation of attention with a mask; "xla" runs on any platform and is meant for tests."""
 
+    @name_calls("cudnn")
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         inputs.require_no_bias("cudnn")
         if isinstance(self.pattern, Full) and inputs.segment_count is not None:

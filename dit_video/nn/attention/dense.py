@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import io_callback
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from dit_video.nn.attention.api import Attention, AttentionInputs, Bias, Keys, Queries
+from dit_video.nn.attention.api import Attention, AttentionInputs, Bias, Keys, Queries, name_calls
 from dit_video.nn.attention.masks import Full, Pattern, dense_mask, mask_boxes
 
 # Finite instead of -inf, so that a query that sees nothing gets no NaN weights; its output is set to zero.
@@ -23,6 +23,7 @@ class DenseAttention:
 
     pattern: Pattern = Full()
 
+    @name_calls("dense")
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         mask = dense_mask(mask_boxes(self.pattern, inputs))
         q = q * q.shape[-1] ** -0.5

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.core.errors import UserError
-from dit_video.nn.attention.api import AttentionInputs, Keys, Queries, get_checkpoint_name
+from dit_video.nn.attention.api import AttentionInputs, Keys, Queries, get_checkpoint_name, name_calls
 from dit_video.nn.attention.chunked import find_key_ranges, pad_to_blocks, reorder, require_key_ranges, restore_order
 from dit_video.nn.attention.masks import Full, Pattern, mask_boxes
 
@@ -152,6 +152,7 @@ class SplashAttention:
     def __post_init__(self):
         require_key_ranges(self.pattern, "splash")
 
+    @name_calls("splash")
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         inputs = inputs.require_no_bias("splash")
         q = q * q.shape[-1] ** -0.5

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from dit_video.core.errors import UserError
-from dit_video.nn.attention.api import AttentionInputs, Keys, Queries
+from dit_video.nn.attention.api import AttentionInputs, Keys, Queries, name_calls
 from dit_video.nn.attention.chunked import find_key_ranges, reorder, require_key_ranges, restore_order
 from dit_video.nn.attention.masks import Full, Pattern, mask_boxes
 
@@ -35,6 +35,7 @@ class TokamaxAttention:
         require_key_ranges(self.pattern, "tokamax")
         _load_operations()
 
+    @name_calls("tokamax")
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         ranges = find_key_ranges(self.pattern, mask_boxes(self.pattern, inputs.require_no_bias("tokamax")))
         sees_any = ranges.start < ranges.stop

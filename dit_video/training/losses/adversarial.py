@@ -37,6 +37,7 @@ from dit_video.training.step import (
     Constants,
     JittedStep,
     Metrics,
+    Observe,
     StepFn,
     TrainStep,
     apply_updates,
@@ -161,12 +162,12 @@ class AdversarialStep(TrainStep):
     def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> AdversarialState:
         return self.discriminator.init_state(self.autoencoder.init(params, is_fresh=is_fresh))
 
-    def compile(self, constants: Constants = (), *, state: Any = None) -> StepFn:
+    def compile(self, constants: Constants = (), *, state: Any = None, observe: Observe | None = None) -> StepFn:
         config, count, zero = self.discriminator.config, HostStepCounter(), jnp.zeros(())
         interval = config.regulariser.every if isinstance(config.regulariser, R1) else 1
-        plain_step = self.autoencoder.compile(constants)
+        plain_step = self.autoencoder.compile(constants, observe=observe)
         updates = {each: functools.partial(self.update, is_penalised=each) for each in (False, True)}
-        programs = {each: JittedStep(update, constants) for each, update in updates.items()}
+        programs = {each: JittedStep(update, constants, observe) for each, update in updates.items()}
 
         def step(state, clips):
             number = count(state.step)

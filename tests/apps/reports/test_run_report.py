@@ -85,6 +85,7 @@ def test_the_report_of_a_run_shows_all_of_it(tiny, tiny_run, tiny_pipeline, meas
         assert f">{heading}" in text
     assert "Autoencoder" in text
     assert "Denoiser" in text
+    assert "attention      self, Full: dense, without a kernel" in text
     assert text.count("not in training</span>") == 1
     assert "seed 41" in text
     assert f"sample.py {tiny_run} --prompt" in html.unescape(text)
@@ -124,6 +125,7 @@ def test_a_pipeline_without_a_run_has_no_curves(tiny_run, tiny_pipeline, measure
     assert ">Training" not in text
     assert "whole run" not in text
     assert "Where the time went" not in text
+    assert "What ran" not in text
     assert "dit_video.sampling.pipeline_config:PipelineConfig" in text
     assert str(tiny_run / "pipeline") in text
 

@@ -3,10 +3,14 @@
 import json
 import os
 import time
+from collections import Counter
 
 import pytest
 
+from dit_video.core.hlo import AttentionCall, Program
+from dit_video.core.platform.chips import CHIPS
 from dit_video.training.hooks.logging import MetricsLog
+from dit_video.training.program_report import PROGRAM_FILE, describe_program
 from support.html_page import HOSTILE, Page
 from support.run_folders import (
     write_checkpoint,
@@ -143,6 +147,21 @@ def test_the_state_changes_when_the_run_does_and_only_then(client, run):
         second = third
     MetricsLog(run / "denoiser" / "metrics.jsonl").resume(10)  # as a process that continues from a checkpoint
     assert client.get("/run/state").json()["trainings"][1]["values"]["step"] == 10
+
+
+def test_what_a_training_runs_is_shown_with_its_warnings(client, run):
+    write_config(run)
+    write_entries(run, 10)
+    assert "What runs" not in get_tiles(get_page(client))
+    program = Program(attention={AttentionCall("cudnn", "Full", "self"): Counter()})
+    describe_program(program, {"context": 4}, CHIPS["h200"], flags={}).write(run / "denoiser")
+    text = get_tiles(get_page(client))
+    for expected in ("What runs 2 warnings", "self, Full: cudnn", "warning: the mesh axis context has 4 devices"):
+        assert expected in text
+    state = client.get("/run/state").json()
+    assert len(state["trainings"][1]["warnings"]) == 2
+    (run / "denoiser" / PROGRAM_FILE).write_text('{"of": "another version"}')
+    assert "What runs" not in get_tiles(get_page(client))
 
 
 def test_losses_that_are_not_finite_are_counted(client, run):

@@ -109,14 +109,34 @@ def test_several_gpus_get_their_flags_and_each_most_of_its_memory(environment, c
 
 
 @pytest.mark.parametrize(
-    ("chip", "release", "unchecked"),
-    [(None, "0.12.0.1", None), (None, "0.99.0", "jaxlib 0.99.0"), ("v5p", "0.0.99", "libtpu 0.0.99")],
+    ("platform", "release", "unchecked"),
+    [
+        ("cpu", "0.12.0.1", None),
+        ("gpu", "0.99.0", "jaxlib 0.99.0"),
+        ("tpu", "0.0.99", "libtpu 0.0.99"),
+        ("tpu", "0.0.50.1", None),
+    ],
 )
-def test_a_release_that_the_flags_were_not_checked_with_is_found(environment, chip, release, unchecked, monkeypatch):
-    environment(chip=chip, release=release)
-    assert xla_flags.find_unchecked_release() == unchecked
+def test_a_release_that_the_flags_were_not_checked_with_is_found(monkeypatch, platform, release, unchecked):
+    monkeypatch.setattr(xla_flags, "version", lambda _: release)
+    assert xla_flags.find_unchecked_release(platform) == unchecked
     monkeypatch.setenv(xla_flags.SWITCH, "off")
-    assert xla_flags.find_unchecked_release() is None
+    assert xla_flags.find_unchecked_release(platform) is None
+
+
+@pytest.mark.parametrize(
+    ("platform", "chip", "count", "flags"),
+    [
+        ("cpu", "cpu", 2, {"XLA_FLAGS": "--a=1"}),
+        ("gpu", "h100", 1, {"XLA_FLAGS": "--a=1"}),
+        ("gpu", "h100", 2, {"XLA_FLAGS": f"--a=1 {format_flags(xla_flags.GPU_FLAGS)}"}),
+        ("tpu", "v5p", 1, {"LIBTPU_INIT_ARGS": format_flags(xla_flags.make_tpu_flags("v5p"))}),
+    ],
+)
+def test_plans_name_the_flags_of_a_run(monkeypatch, platform, chip, count, flags):
+    monkeypatch.setenv("XLA_FLAGS", "--a=1")
+    monkeypatch.setattr(xla_flags, "version", lambda name: "0.0.42.1" if name == "libtpu" else "0.10.2")
+    assert xla_flags.list_flags(platform, chip, count) == flags
 
 
 def test_a_tpu_gets_the_flags_of_its_chip(environment):

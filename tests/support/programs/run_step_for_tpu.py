@@ -14,12 +14,14 @@ from typing import Any
 
 import jax
 
+from dit_video.core.hlo import read_program
+from dit_video.core.platform.xla_flags import get_compiler_options, list_flags
 from dit_video.experiment.run import Run
 from dit_video.planning import Topology
 from dit_video.planning.compiled_program import override_default_backend
-from dit_video.planning.hlo import read_program
-from dit_video.planning.plan import make_plan_partitioner
+from dit_video.planning.plan import make_plan_partitioner, plan_experiment
 from dit_video.planning.steps import fill_row, plan_step
+from dit_video.training.program_report import describe_program
 
 OPERATION = re.compile(r"\bstablehlo\.(\w+)")
 KERNEL = 'kernel_name = "'
@@ -52,19 +54,22 @@ def describe(lowered: jax.stages.Lowered, arguments: tuple[Any, ...]) -> dict[st
 
 
 def main() -> None:
-    """Print both descriptions, and what the plan says about its attention."""
+    """Print both descriptions, what the plan says about its attention, and what both programs run."""
     run, topology = Run.open(Path(sys.argv[1])), Topology.parse(sys.argv[2])
     step, arguments = get_run_step(run, topology)
     experiment = run.experiment
     partitioner, _ = make_plan_partitioner(experiment, topology, "denoiser")
     planned = plan_step(experiment, "denoiser", partitioner, clips=fill_row(experiment))
     programs = lower(step, arguments), lower(planned.step, planned.arguments)
-    compiled = programs[0].compile()
+    options, mesh = get_compiler_options(topology.chip.name), dict(partitioner.mesh.shape)
+    program = read_program(programs[0].compile(compiler_options=options).as_text(), mesh)
+    report = describe_program(program, mesh, topology.chip, flags=list_flags("tpu", topology.chip.name, 4))
     results = {
         "run": describe(programs[0], arguments),
         "plan": describe(programs[1], planned.arguments),
         "attention": planned.costs.attention,
-        "compiled_kernels": read_program(compiled.as_text(), dict(partitioner.mesh.shape)).kernel_calls,
+        "compiled": dataclasses.asdict(report),
+        "planned": dataclasses.asdict(plan_experiment(experiment, topology).program),
     }
     print(json.dumps(results))
 

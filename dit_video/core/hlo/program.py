@@ -8,11 +8,12 @@ data, counts once, and `Program.unknown_loops` is the number of such loops.
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from dit_video.planning.hlo_text import (
+from dit_video.core.hlo.text import (
     CALLEES,
     Computation,
     Instruction,
@@ -24,6 +25,15 @@ from dit_video.planning.hlo_text import (
     parse_replica_groups,
     read_slice_transfer,
 )
+
+
+class AttentionCall(NamedTuple):
+    """Attention in one way, as `nn.attention` names its operations."""
+
+    backend: str
+    pattern: str
+    kind: str
+    """`self`, or `cross` for keys of other tokens."""
 
 
 @dataclass
@@ -51,8 +61,14 @@ class Program:
     """FLOPs of matrix products and convolutions, without those inside kernels."""
     bytes: float = 0.0
     """Bytes that instructions read from HBM and write to it, assuming that no operand is cached."""
-    kernel_calls: int = 0
-    """Calls of custom kernels, whose FLOPs the text doesn't contain."""
+    product_flops: dict[str, float] = field(default_factory=dict)
+    """These FLOPs by the dtype of the factors, with the precision if one is set, such as `bf16` or `f32 highest`."""
+    recomputed_flops: float = 0.0
+    """FLOPs of those in the forward pass that are computed again for the backward pass."""
+    kernels: Counter[str] = field(default_factory=Counter)
+    """Calls of custom kernels by name, whose FLOPs the text doesn't contain; those of libraries' products, too."""
+    attention: dict[AttentionCall, Counter[str]] = field(default_factory=dict)
+    """Uses of attention with the calls of kernels in them."""
     collectives: dict[tuple[str, tuple[str, ...]], CollectiveTraffic] = field(default_factory=dict)
     """Traffic by kind of collective and mesh axes, without that between slices."""
     slice_transfers: dict[tuple[str, tuple[str, ...]], CollectiveTraffic] = field(default_factory=dict)
@@ -61,6 +77,11 @@ class Program:
     """Bytes that loops over layers stack up for the backward pass."""
     unknown_loops: int = 0
     """Number of loops whose trip count is unknown, each counted once."""
+
+    @property
+    def kernel_calls(self) -> int:
+        """Return the calls of attention kernels."""
+        return sum(count for name, count in self.kernels.items() if _ATTENTION_KERNEL.match(name))
 
 
 def read_program(
@@ -94,7 +115,13 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CHAIN_ID = re.compile(r'"?chain_id"?[:=]"?(\w+)"?')
-_KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_OPERATION = re.compile(r'\bop_name="([^"]*)"')
+_PRECISION = re.compile(r"operand_precision=\{(high\w*)")
+_ATTENTION = re.compile(r"attention:(\w+):(\w+):(\w+)")
+_ATTENTION_KERNEL = re.compile(r"tpu_custom_call|__cudnn\$fmha")
+_NO_KERNEL = re.compile(r"Sharding|SPMD|xla\.sdy|AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound")
+"""Beginnings of the targets of custom calls that compute nothing."""
 _KIND_ALIASES = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-permute"}
 _COPY_OPCODES = ("bitcast", "copy", "get-tuple-element")
 """Opcodes whose result has the values of their first operand."""
@@ -130,13 +157,7 @@ class _CostReader:
             return
         if instruction.opcode.endswith(("-done", "-update")):  # Counted at its start.
             return
-        if instruction.opcode == "dot":
-            self.program.flops += executions * count_dot_flops(instruction, computation)
-        elif instruction.opcode == "convolution":
-            self.program.flops += executions * count_convolution_flops(instruction, computation)
-        elif instruction.opcode == "custom-call":
-            self.program.flops += executions * count_gemm_flops(instruction, computation)
-            self.program.kernel_calls += executions * bool(_KERNEL.search(instruction.rest))
+        self._count_work(instruction, computation, executions)
         is_counted = self._count_collective(instruction, computation, executions)
         if instruction.opcode == "recv":
             self._count_slice_transfer(instruction, executions)
@@ -151,6 +172,23 @@ class _CostReader:
         for branches in _BRANCHES.findall(instruction.rest):
             for callee in re.findall(r"[\w.\-]+", branches):
                 self.walk(callee, executions, in_fusion=fused)
+
+    def _count_work(self, instruction: Instruction, computation: Computation, executions: int) -> None:
+        """Count an instruction's products and kernels, and those of the attention that it belongs to."""
+        count_flops = _PRODUCTS.get(instruction.opcode)
+        flops = executions * count_flops(instruction, computation) if count_flops is not None else 0.0
+        operation = match[1] if (match := _OPERATION.search(instruction.rest)) is not None else ""
+        if flops:
+            precision = _PRECISION.search(instruction.rest)
+            dtype = computation[instruction.operands[0]].shapes[0].dtype + (f" {precision[1]}" if precision else "")
+            self.program.flops += flops
+            self.program.product_flops[dtype] = self.program.product_flops.get(dtype, 0.0) + flops
+            self.program.recomputed_flops += flops * ("rematted_computation" in operation)
+        names = _TARGET.findall(instruction.rest) if instruction.opcode == "custom-call" else []
+        kernels = Counter({_name_kernel(name, operation): executions for name in names if not _NO_KERNEL.match(name)})
+        self.program.kernels += kernels
+        if (scope := _ATTENTION.search(operation)) is not None:
+            self.program.attention.setdefault(AttentionCall(*scope.groups()), Counter()).update(kernels)
 
     def _count_loop(self, instruction: Instruction, executions: int) -> None:
         callees = dict(CALLEES.findall(instruction.rest))
@@ -247,6 +285,11 @@ def _count_stacked_bytes(computations: dict[str, Computation], body: str, trip_c
     return total
 
 
+def _name_kernel(target: str, operation: str) -> str:
+    """Return the name of a kernel: its target, with that of the function where all kernels have the same target."""
+    return f"{target} {operation.rpartition('/')[2]}" if target == "tpu_custom_call" else target
+
+
 def count_dot_flops(instruction: Any, computation: Any) -> float:
     """Return the FLOPs of a `dot` instruction, 0 if its operands are unknown."""
     left = computation.get(instruction.operands[0])
@@ -301,6 +344,10 @@ def count_convolution_flops(instruction: Any, computation: Any) -> float:
     values = right.shapes[0].sizes
     outputs, inputs = values[labels[2].index("o")], values[labels[2].index("i")]
     return 2.0 * taps * batch * outputs * inputs / (int(groups[1]) if groups else 1)
+
+
+_PRODUCTS = {"dot": count_dot_flops, "convolution": count_convolution_flops, "custom-call": count_gemm_flops}
+"""Functions that count the FLOPs of instructions, by opcode."""
 
 
 @functools.lru_cache(maxsize=4096)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dit_video.core.hlo.text import find_mesh_axes, parse_replica_groups
 from dit_video.planning import read_program
-from dit_video.planning.hlo_text import find_mesh_axes, parse_replica_groups
 
 MESH = {"data": 1, "fsdp": 2, "tensor": 1, "context": 4}
 
@@ -238,6 +238,7 @@ def test_a_program_compiled_on_this_machine_is_counted():
     program = read_program(compiled.as_text(), {"data": 1})
     if program.flops:  # some CPUs have their products in library calls, which the text does not tell
         assert program.flops == 6 * 2 * 64 * 32 * 32
+        assert program.product_flops == {"f32": program.flops}
     assert program.unknown_loops == 0
     assert program.bytes > 6 * 32 * 32 * 4
 
@@ -260,6 +261,37 @@ def test_calls_of_attention_kernels_are_counted(target, calls):
     line = f'%c = f32[8]{{0}} custom-call(%p), custom_call_target="{target}"'
     program = read_program(make_module(line), MESH)
     assert (program.flops, program.kernel_calls) == (0, calls)
+
+
+def test_kernels_are_counted_by_name_and_with_the_attention_that_they_are_in():
+    forward = "jit(step)/jvp(DiT)/attention:splash:Full:self/pallas_call/splash_mha_fwd"
+    backward = "jit(step)/transpose(jvp(DiT))/attention:splash:Full:self/splash_mha_dkv"
+    lines = [
+        f'%a = f32[8]{{0}} custom-call(%p), custom_call_target="tpu_custom_call", metadata={{op_name="{forward}"}}',
+        f'%b = f32[8]{{0}} custom-call(%p), custom_call_target="tpu_custom_call", metadata={{op_name="{backward}"}}',
+        '%c = f32[8]{0} custom-call(%p), custom_call_target="TopK", metadata={op_name="jit(step)/top_k"}',
+        '%d = f32[8]{0} custom-call(%p), custom_call_target="Sharding"',
+        '%e = f32[8]{0} negate(%p), metadata={op_name="jit(step)/attention:chunked:TimeOnly:cross/neg"}',
+    ]
+    program = read_program(make_module(*lines), MESH)
+    splash = {"tpu_custom_call splash_mha_fwd": 1, "tpu_custom_call splash_mha_dkv": 1}
+    assert program.kernels == splash | {"TopK": 1}
+    assert program.attention == {("splash", "Full", "self"): splash, ("chunked", "TimeOnly", "cross"): {}}
+    assert program.kernel_calls == 2
+
+
+def test_products_are_counted_by_dtype_and_by_whether_they_are_recomputed():
+    product = "dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}"
+    lines = [
+        f"%a = f32[64,64]{{1,0}} {product}",
+        f"%b = f32[64,64]{{1,0}} {product}, operand_precision={{highest,highest}}",
+        f'%c = f32[64,64]{{1,0}} {product}, metadata={{op_name="jit(f)/checkpoint/rematted_computation/dot_general"}}',
+        "%h = bf16[64,32]{1,0} convert(%p)",
+        f"%d = bf16[64,64]{{1,0}} {product.replace('%p', '%h')}",
+    ]
+    program, flops = read_program(make_module(*lines), MESH), 2 * 64 * 64 * 32
+    assert program.product_flops == {"f32": 2 * flops, "f32 highest": flops, "bf16": flops}
+    assert (program.flops, program.recomputed_flops) == (4 * flops, flops)
 
 
 SLICED_MESH = {"data": 2, "fsdp": 4, "tensor": 1, "context": 2}

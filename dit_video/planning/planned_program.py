@@ -1,0 +1,72 @@
+"""What the program of a planned step runs, compiled for its devices or, for absent GPUs, lowered without them."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from dit_video.core.hlo import Program, read_program
+from dit_video.core.platform.devices import Platform
+from dit_video.core.platform.xla_flags import list_flags
+from dit_video.distributed import MeshPartitioner, Parallelism, make_mesh
+from dit_video.experiment import Experiment
+from dit_video.planning.compiled_program import CompiledStep, assume_hopper, override_default_backend
+from dit_video.planning.hardware import Topology
+from dit_video.planning.steps import Part, fill_row, plan_step
+from dit_video.training.program_report import ProgramReport, describe_program
+
+
+def describe_planned_program(
+    experiment: Experiment,
+    part: Part,
+    topology: Topology,
+    mesh: Mapping[str, int],
+    compiled: CompiledStep | None,
+    *,
+    clips: int | None = None,
+) -> ProgramReport | None:
+    """Return what a planned step runs, as a run tells it; None if it is not known.
+
+    Without GPUs, the step of one device is lowered for them: its kernels and dtypes are those of all devices, while
+    fusions and the bytes that are moved are known once it is compiled.
+    """
+    chip = topology.chip
+    flags = list_flags(chip.kind, chip.name, topology.num_chips)
+    if compiled is not None:
+        program = compiled.program
+        return None if program is None else describe_program(program, mesh, chip, flags=flags)
+    if chip.kind != "gpu" or part == "autoencoder":
+        return None
+    alone = dataclasses.replace(experiment, parallel=Parallelism())
+    partitioner = _StandIn(
+        make_mesh(alone.parallel, jax.devices()[:1]), alone.parallel.context_attention, chip.platform
+    )
+    planned = plan_step(alone, part, partitioner, clips=fill_row(alone, clips))
+    program = read_lowered(planned.step, planned.arguments)
+    return describe_program(program, mesh, chip, flags=flags, is_compiled=False)
+
+
+@dataclass(frozen=True)
+class _StandIn(MeshPartitioner):
+    """A mesh of this machine's devices, which stand for those of another platform."""
+
+    stood_for: Platform
+
+    @property
+    def platform(self) -> Platform:
+        return self.stood_for
+
+
+def read_lowered(step: Any, arguments: tuple[PyTree, ...]) -> Program:
+    """Return the operations of a jitted step as it is given to the compiler for GPUs."""
+    from jaxlib import _hlo  # type: ignore[attr-defined]  # the public text of a lowered program lacks scopes
+
+    with override_default_backend("gpu"), assume_hopper():
+        lowered = step.trace(*arguments).lower(lowering_platforms=("cuda",))
+    options = _hlo.HloPrintOptions()
+    options.print_metadata = options.print_percent = True  # as the text of compiled programs is
+    module = lowered.compiler_ir("hlo").as_hlo_module()
+    return read_program(module.to_string(options), {})
