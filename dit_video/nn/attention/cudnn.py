@@ -153,6 +153,10 @@ class CudnnAttention:
     @name_calls("cudnn")
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         inputs.require_no_bias("cudnn")
+        if q.shape[2] != k.shape[2]:
+            given = f"{q.shape[2]} heads of queries and {k.shape[2]} of keys"
+            rule = "up to 0.11.0 JAX returns wrong values for them in packed rows"
+            raise UserError(f"cuDNN attention does not take {given}: {rule}. Repeat the keys and values of each head.")
         if isinstance(self.pattern, Full) and inputs.segment_count is not None:
             ranges = compute_segment_ranges(inputs, inputs.segment_count)
             return _attend(self.kernels, q, k, v, ranges, inputs.q_segments, inputs.kv_segments)

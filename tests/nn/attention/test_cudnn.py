@@ -117,3 +117,9 @@ def test_another_pattern_is_computed_with_the_mask(monkeypatch):
 def test_inputs_of_32_bits_are_refused(count):
     with pytest.raises(UserError, match="bfloat16 or float16, not float32"):
         CudnnAttention()(*make_arrays(), AttentionInputs.self_attention(SEGMENTS, segment_count=count))
+
+
+def test_fewer_heads_of_keys_than_of_queries_are_refused():
+    q, k = jnp.zeros((1, LENGTH, 4, 16), jnp.bfloat16), jnp.zeros((1, LENGTH, 2, 16), jnp.bfloat16)
+    with pytest.raises(UserError, match="4 heads of queries and 2 of keys"):
+        CudnnAttention()(q, k, k, AttentionInputs.self_attention(SEGMENTS[:1], segment_count=COUNT))
