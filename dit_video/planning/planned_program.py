@@ -37,7 +37,7 @@ def describe_planned_program(
     flags = list_flags(chip.kind, chip.name, topology.num_chips)
     if compiled is not None:
         program = compiled.program
-        return None if program is None else describe_program(program, mesh, chip, flags=flags)
+        return None if program is None else describe_program(program, mesh, chip.kind, chip, flags=flags)
     if chip.kind != "gpu" or part == "autoencoder":
         return None
     alone = dataclasses.replace(experiment, parallel=Parallelism())
@@ -46,7 +46,7 @@ def describe_planned_program(
     )
     planned = plan_step(alone, part, partitioner, clips=fill_row(alone, clips))
     program = read_lowered(planned.step, planned.arguments)
-    return describe_program(program, mesh, chip, flags=flags, is_compiled=False)
+    return describe_program(program, mesh, chip.kind, chip, flags=flags, is_compiled=False)
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def format_traffic(part: CollectiveTraffic) -> str:
 def describe_program(
     program: Program,
     mesh: Mapping[str, int],
+    platform: str,
     chip: Chip | None,
     *,
     flags: Mapping[str, str | None] | None = None,
@@ -115,6 +116,7 @@ def describe_program(
     Args:
       program: The program, as `read_program` read it.
       mesh: Sizes of the mesh's axes by name.
+      platform: Name of its devices' platform in JAX.
       chip: Chip of its devices; None if it is not in the table.
       flags: Flags by environment variable; those of this process by default.
       is_compiled: False for a program that was lowered only: its collectives are not known.
@@ -131,7 +133,7 @@ def describe_program(
         flags={name: text for name, text in (get_flags() if flags is None else flags).items() if text},
         peak=None if chip is None else chip.flops / chip.device_count,
         peak_source="" if chip is None else chip.source,
-        warnings=tuple(_find_problems(uses, mesh, moved, chip)),
+        warnings=tuple(_find_problems(uses, mesh, moved, platform)),
     )
 
 
@@ -147,9 +149,9 @@ class ProgramLog(Hook):
 
     def observe(self, compiled: jax.stages.Compiled) -> None:
         """Report a compiled step. Lines that an earlier program has, of a batch of other shapes, are left out."""
-        shape = dict(self._mesh.shape)
+        shape, device = dict(self._mesh.shape), self._mesh.devices.flat[0]
         program = read_program(compiled.as_text() or "", shape, slices=get_axis_slices(self._mesh))
-        report = describe_program(program, shape, find_chip(self._mesh.devices.flat[0]))
+        report = describe_program(program, shape, device.platform, find_chip(device))
         report.write(self._folder)
         self._metrics = report.get_metrics()
         for line in report.lines():
@@ -168,19 +170,19 @@ def _find_problems(
     uses: Sequence[tuple[AttentionCall, Mapping[str, int]]],
     mesh: Mapping[str, int],
     moved: Sequence[CollectiveTraffic] | None,
-    chip: Chip | None,
+    platform: str,
 ) -> Iterator[str]:
     for use, kernels in uses:
         wanted = _KERNELS.get(use.backend, ())
         name = f"{use.kind}-attention of the pattern {use.pattern}"
         if wanted and not any(kernel.startswith(wanted) for kernel in kernels):
             yield f"{name} was to be that of {use.backend}, but the program has none of its kernels"
-        if use.backend == "chunked" and chip is not None and chip.kind != "cpu":
-            yield f"{name} has no kernel: {chip.kind.upper()}s have none for its pattern, dtype or order of tokens"
+        if use.backend == "chunked" and platform != "cpu":
+            yield f"{name} has no kernel: this {platform.upper()} has none for its pattern, dtype or order of tokens"
     for axis, size in mesh.items():
         if moved is not None and size > 1 and not any(axis in part.axes for part in moved):
             yield f"the mesh axis {axis} has {size} devices, but nothing is moved along it"
-    if (release := find_unchecked_release("cpu" if chip is None else chip.kind)) is not None:
+    if (release := find_unchecked_release(platform)) is not None:
         yield f"no flags of XLA are set for {release}, with which none was checked"
 
 

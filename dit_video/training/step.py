@@ -265,7 +265,7 @@ class JittedStep:
 
     def _run(self, program: Any, state: Any, batch: PyTree) -> tuple[Any, Metrics]:
         if self._observe is not None:
-            key = (program, *(leaf.shape for leaf in jax.tree.leaves(batch)))
+            key = (program, *(getattr(leaf, "shape", None) for leaf in jax.tree.leaves(batch)))
             if key not in self._observed:
                 self._observed.add(key)
                 # The call below takes the program that is compiled here.

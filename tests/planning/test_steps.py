@@ -83,7 +83,7 @@ def test_a_run_s_own_step_has_the_kernels_and_dtypes_of_its_plan_for_a_gpu(run_i
     with contextlib.closing(open_batches(0)) as batches:
         program = read_lowered(*trainer.get_program(next(iter(batches))))
     planned = plan_experiment(experiment, topology).program
-    own = describe_program(program, {}, topology.chip, flags=planned.flags, is_compiled=False)
+    own = describe_program(program, {}, "gpu", topology.chip, flags=planned.flags, is_compiled=False)
     assert own == planned
     # Both layers compute their attention again in the backward pass.
     assert own.attention["self, Full: cudnn"] == {"__cudnn$fmhaSoftmax": 4, "__cudnn$fmhaSoftmaxBackward": 2}

@@ -21,11 +21,11 @@ MESH = {"data": 1, "fsdp": 8, "tensor": 1, "context": 1}
 GATHERED = {("all-gather", ("fsdp",)): CollectiveTraffic("all-gather", ("fsdp",), 2.0**31, 48)}
 
 
-def make_report(*, chip=CHIPS["h200"], mesh=MESH, attention=None, **parts):
+def make_report(*, platform="gpu", chip=CHIPS["h200"], mesh=MESH, attention=None, **parts):
     attention = {CUDNN: KERNELS} if attention is None else attention
     values = {"flops": 4.0, "product_flops": {"f32": 1.0, "bf16": 3.0}, "recomputed_flops": 1.0, "kernels": KERNELS}
     program = Program(**{"collectives": GATHERED, **values, **parts}, attention=attention)
-    return describe_program(program, mesh, chip, flags={"XLA_FLAGS": "--a=1", "LIBTPU_INIT_ARGS": None})
+    return describe_program(program, mesh, platform, chip, flags={"XLA_FLAGS": "--a=1", "LIBTPU_INIT_ARGS": None})
 
 
 def test_the_table_has_attention_kernels_dtypes_recomputation_collectives_flags_and_the_peak():
@@ -59,7 +59,7 @@ def test_both_cores_of_a_chip_have_half_its_peak():
         ({"attention": {CUDNN._replace(backend="splash"): KERNELS}}, "was to be that of splash"),
         (
             {"attention": {CUDNN._replace(backend="chunked"): {}}},
-            "self-attention of the pattern Full has no kernel: GPUs",
+            "self-attention of the pattern Full has no kernel: this GPU",
         ),
         ({"mesh": MESH | {"context": 4}}, "the mesh axis context has 4 devices, but nothing is moved along it"),
         ({"collectives": {}}, "the mesh axis fsdp has 8 devices"),
@@ -79,7 +79,7 @@ def test_a_release_without_checked_flags_is_a_warning(monkeypatch):
     "changes",
     [
         {},
-        {"chip": None, "attention": {CUDNN._replace(backend="chunked"): {}}},  # plain XLA is all that a CPU has
+        {"platform": "cpu", "attention": {CUDNN._replace(backend="chunked"): {}}},  # plain XLA is all that it has
         {"attention": {CUDNN._replace(backend="dense", kind="cross"): {}}},
         {"collectives": {("all-reduce", ("part of", "fsdp")): CollectiveTraffic("all-reduce", ("part of", "fsdp"))}},
         {

@@ -13,6 +13,7 @@ from dit_video.data.rows import RowStream
 from dit_video.distributed import make_shardings
 from dit_video.distributed.faults.progress import declare_phase
 from dit_video.experiment.self_check import data_checks, objective_checks
+from dit_video.experiment.self_check.context_checks import check_context_parallel
 from dit_video.experiment.self_check.model_checks import Gradient, GradientProbe, check_gradient, check_model, perturb
 from dit_video.experiment.self_check.step_checks import (
     UpdateCheck,
@@ -153,6 +154,7 @@ class SelfCheck(Hook):
         problems += objective_checks.check_target(subject)
         problems += objective_checks.check_caption_dropout(subject, draws)
         problems += check_model(subject, params, rows)
+        problems += check_context_parallel(subject, params, rows)
         if self._loss is None:
             return problems
         self._reader = ValueReader(subject, state.params)

@@ -154,7 +154,7 @@ def test_what_a_training_runs_is_shown_with_its_warnings(client, run):
     write_entries(run, 10)
     assert "What runs" not in get_tiles(get_page(client))
     program = Program(attention={AttentionCall("cudnn", "Full", "self"): Counter()})
-    describe_program(program, {"context": 4}, CHIPS["h200"], flags={}).write(run / "denoiser")
+    describe_program(program, {"context": 4}, "gpu", CHIPS["h200"], flags={}).write(run / "denoiser")
     text = get_tiles(get_page(client))
     for expected in ("What runs 2 warnings", "self, Full: cudnn", "warning: the mesh axis context has 4 devices"):
         assert expected in text

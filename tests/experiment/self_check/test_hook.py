@@ -15,6 +15,7 @@ from dit_video.experiment.self_check.subject import FILE, MAX_MESSAGES, Problem,
 from dit_video.training.hooks import logging
 from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant, Cosine, WarmupStableDecay
+from support.devices import check_on_eight_devices
 
 STEPS, FIRST, INTERVAL = 250, 60, 120
 
@@ -45,6 +46,11 @@ def test_other_processes_print_what_is_theirs_alone(tmp_path, capsys):
     log.add(2, [Problem("ema", "moved")])
     assert capsys.readouterr().err == "self-check, step 2, process 3: rows: twice\n"
     assert not (tmp_path / FILE).exists()
+
+
+@pytest.mark.slow
+def test_context_parallelism_is_compared_with_one_device(tiny_clips):
+    check_on_eight_devices("context_parallel_self_check.py", str(tiny_clips))
 
 
 @pytest.mark.slow

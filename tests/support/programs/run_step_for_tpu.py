@@ -63,7 +63,7 @@ def main() -> None:
     programs = lower(step, arguments), lower(planned.step, planned.arguments)
     options, mesh = get_compiler_options(topology.chip.name), dict(partitioner.mesh.shape)
     program = read_program(programs[0].compile(compiler_options=options).as_text(), mesh)
-    report = describe_program(program, mesh, topology.chip, flags=list_flags("tpu", topology.chip.name, 4))
+    report = describe_program(program, mesh, "tpu", topology.chip, flags=list_flags("tpu", topology.chip.name, 4))
     results = {
         "run": describe(programs[0], arguments),
         "plan": describe(programs[1], planned.arguments),
