@@ -287,7 +287,8 @@ def _count_stacked_bytes(computations: dict[str, Computation], body: str, trip_c
 
 def _name_kernel(target: str, operation: str) -> str:
     """Return the name of a kernel: its target, with that of the function where all kernels have the same target."""
-    return f"{target} {operation.rpartition('/')[2]}" if target == "tpu_custom_call" else target
+    function = operation.removesuffix("/pallas_call").rpartition("/")[2]
+    return f"{target} {function}" if target == "tpu_custom_call" else target
 
 
 def count_dot_flops(instruction: Any, computation: Any) -> float:

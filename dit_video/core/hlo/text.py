@@ -8,6 +8,8 @@ from typing import NamedTuple
 _BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+\w*|c\d+)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_CONTINUATION = re.compile(r"\n(?=[\"}]\S)")
+"""End of a line within an instruction: the metadata of a TPU's kernel are written on lines of their own."""
 _NAMES = re.compile(r"%([\w.\-]+)")
 CALLEES = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 
@@ -51,7 +53,7 @@ def parse_computations(text: str) -> tuple[dict[str, Computation], str | None]:
     computations: dict[str, Computation] = {}
     current: Computation = {}
     entry = None
-    for line in text.splitlines():
+    for line in _CONTINUATION.sub(" ", text).splitlines():
         if not line.startswith(" "):
             if header := _HEADER.match(line):
                 current = computations[header[2]] = {}

@@ -280,6 +280,16 @@ def test_kernels_are_counted_by_name_and_with_the_attention_that_they_are_in():
     assert program.kernel_calls == 2
 
 
+def test_a_kernel_with_metadata_on_lines_of_its_own_is_read_as_one_instruction():
+    call = 'custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={\n'
+    name = "jit(f)/attention:splash:Full:self/splash_mha_dq/pallas_call"
+    rest = f'"xprof_metadata":"{{\\"block_q\\": 512}}"\n}}}}, metadata={{op_name="{name}"}}'
+    program = read_program(make_module(f"%a = f32[8]{{0}} {call}{rest}", "%b = f32[8]{0} negate(%a)"), MESH)
+    kernels = {"tpu_custom_call splash_mha_dq": 1}
+    assert (program.kernels, program.attention) == (kernels, {("splash", "Full", "self"): kernels})
+    assert program.bytes == 64 * 32 * 4 + 8 * 4 + 2 * 8 * 4
+
+
 def test_products_are_counted_by_dtype_and_by_whether_they_are_recomputed():
     product = "dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}"
     lines = [
