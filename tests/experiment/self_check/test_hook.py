@@ -48,7 +48,7 @@ def test_other_processes_print_what_is_theirs_alone(tmp_path, capsys):
     assert not (tmp_path / FILE).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_context_parallelism_is_compared_with_one_device(tiny_clips):
     check_on_eight_devices("context_parallel_self_check.py", str(tiny_clips))
 

@@ -15,7 +15,6 @@ import jax
 from dit_video.distributed import Parallelism, context_parallel, make_shardings
 from dit_video.experiment import Experiment, ModelConfig, Run
 from dit_video.experiment.self_check.context_checks import check_context_parallel
-from dit_video.experiment.self_check.hook import SelfCheck
 from dit_video.experiment.self_check.model_checks import perturb
 from dit_video.models.autoencoders import IdentityConfig
 from dit_video.models.backbones.dit import DiTConfig
@@ -42,9 +41,11 @@ def find_problems(clips: Path, attention: str, **sizes: int) -> list[str]:
         monitoring=MonitoringConfig(self_check=True),
     )
     with tempfile.TemporaryDirectory() as folder:
-        run = Run.create(Path(folder) / "run", experiment).take(clips)
-        trainer, open_batches = experiment.denoiser.open_training(run, is_new=True)
-        subject = next(hook for hook in trainer.hooks if isinstance(hook, SelfCheck))._subject
+        run, stage = Run.create(Path(folder) / "run", experiment), experiment.denoiser
+        run.take(clips)
+        run = stage.adapt_run(run)
+        trainer, open_batches, loss, trained = stage._open_training(run, is_new=True)
+        subject = stage._make_self_check(run, trainer, loss, trained, is_new=True)._subject
         with contextlib.closing(open_batches(0)) as batches:
             rows = next(iter(batches))
         shardings = make_shardings(jax.eval_shape(trainer.init, trainer.random_key), trainer.mesh)
