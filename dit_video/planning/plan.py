@@ -293,6 +293,7 @@ def plan_experiment(
     price: float | None = None,
     measure: bool = False,
     efficiencies: Efficiencies | None = None,
+    is_lowered: bool = True,
 ) -> Plan:
     """Compile a part of an experiment for a topology, and return what it needs.
 
@@ -305,6 +306,7 @@ def plan_experiment(
       price: Price of a chip for an hour, instead of the table's.
       measure: True to run a step and measure the devices' peak memory, where the hardware is present.
       efficiencies: Measured shares of the chip's peak rates; the published ones by default.
+      is_lowered: False to leave out the program of GPUs that are not present.
 
     Raises:
       MissingError: If libtpu is needed and not installed.
@@ -362,7 +364,9 @@ def plan_experiment(
         steps=steps,
         price=chip.hourly_price if price is None else price,
         warning=describe_slow_axes(slices),
-        program=describe_planned_program(experiment, part, topology, mesh_shape, compiled, clips=clips),
+        program=describe_planned_program(experiment, part, topology, mesh_shape, compiled, clips=clips)
+        if present or is_lowered
+        else None,
     )
 
 

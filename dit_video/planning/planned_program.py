@@ -1,4 +1,4 @@
-"""What the program of a planned step runs, compiled for its devices or, for absent GPUs, lowered without them."""
+"""Report of a planned step's program: attention, kernels and dtypes, also for GPUs that are not present."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,10 +28,10 @@ def describe_planned_program(
     *,
     clips: int | None = None,
 ) -> ProgramReport | None:
-    """Return what a planned step runs, as a run tells it; None if it is not known.
+    """Return the report of a planned step's program, as a run writes it; None if its operations are not known.
 
-    Without GPUs, the step of one device is lowered for them: its kernels and dtypes are those of all devices, while
-    fusions and the bytes that are moved are known once it is compiled.
+    For GPUs that are not present, the step is lowered for one, not compiled: its kernels and dtypes are those of all
+    devices, but fusions and collectives are not known. This takes seconds.
     """
     chip = topology.chip
     flags = list_flags(chip.kind, chip.name, topology.num_chips)

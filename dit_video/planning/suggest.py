@@ -81,20 +81,21 @@ def suggest(
     if not ranked:
         raise UserError(f"nothing on {topology} divides the denoiser's heads, hidden width and rows, or nearly fits")
     best: Plan | None = None
+    options: dict[str, Any] = {"part": part, "clips": clips, "steps": steps, "price": price}
+    options |= {"efficiencies": efficiencies}
     for number, candidate in enumerate(ranked):
         # Estimates may all be a little too low, so keep trying for longer until one candidate fits.
         if number >= tries * (1 if best else 3):
             break
-        options: dict[str, Any] = {"part": part, "clips": clips, "steps": steps, "price": price}
-        options |= {"efficiencies": efficiencies}
-        plan = plan_experiment(candidate.apply_to(experiment), topology, **options)
+        suggested = candidate.apply_to(experiment)
+        plan = plan_experiment(suggested, topology, is_lowered=False, **options)
         report(_format_line(candidate, plan))
         if plan.fits and (best is None or _score(plan) > _score(best)):
-            best = plan
+            best, chosen = plan, suggested
     if best is None:
         fix = "use more chips, or rows of fewer tokens"
         raise UserError(f"none of the {min(len(ranked), 3 * tries)} most promising meshes fits {topology}; {fix}")
-    return best
+    return best if best.method == "compiled" else plan_experiment(chosen, topology, **options)
 
 
 def _score(plan: Plan) -> float:

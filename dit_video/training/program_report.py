@@ -1,4 +1,4 @@
-"""What a training runs, told from its compiled program: attention, kernels, dtypes, recomputation and collectives."""
+"""Report of a compiled step: attention kernels, dtypes of products, recomputation, collectives, and the peak of MFU."""
 
 import dataclasses
 import sys
@@ -31,7 +31,7 @@ _KERNELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramReport:
-    """What a compiled step runs on each device, with warnings about what it should run and does not."""
+    """Report of a compiled step on each device, with warnings, such as of attention without its backend's kernel."""
 
     attention: dict[str, dict[str, int]]
     """Calls of kernels by use of attention, such as `self, Full: cudnn`; empty for attention in plain XLA."""

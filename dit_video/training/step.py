@@ -65,9 +65,8 @@ BATCH_DIGESTS = "batch_digests"
 """Name of the metric with the digest of each array of the batch, by its path."""
 StepFn = Callable[[Any, PyTree], tuple[Any, Metrics]]
 """Jitted function `(state, batch) -> (state, metrics)`."""
-
-
 Observe = Callable[[jax.stages.Compiled], None]
+"""Function that is called with a compiled step before its first call."""
 
 
 def get_scalars(metrics: Metrics) -> Metrics:

@@ -54,7 +54,7 @@ def test_a_full_disk_is_one_line_whoever_writes(capsys, number):
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2  # which launchers do not start again
-    line = f"error: a file cannot be written (run/hash_chain.jsonl): {os.strerror(number)}; free disk space, then run"
+    line = f"error: run/hash_chain.jsonl cannot be written: {os.strerror(number)}. Free disk space, then run"
     assert capsys.readouterr().err.startswith(line)
 
 

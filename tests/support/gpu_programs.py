@@ -6,19 +6,13 @@ from typing import Any
 
 import jax
 
-
-def pretend_hopper(monkeypatch) -> None:
-    """Let JAX lower cuDNN's kernels as on a Hopper GPU, which it would ask for its version and capability."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91500)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+from dit_video.planning.compiled_program import assume_hopper
 
 
 def lower_for_gpus(function, *arguments) -> str:
-    """Return the program of a function for GPUs."""
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    """Return the program of a function for a Hopper GPU."""
+    with assume_hopper():
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def list_kernels(program: str) -> dict[str, dict[str, Any]]:

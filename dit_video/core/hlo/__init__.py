@@ -1,3 +1,3 @@
-"""What compiled programs do, read from their text (HLO)."""
+"""Reader of XLA's compiled programs: operations, memory traffic, kernels and collectives, from their HLO text."""
 
 from dit_video.core.hlo.program import AttentionCall, CollectiveTraffic, Program, read_program

@@ -28,7 +28,7 @@ from dit_video.core.hlo.text import (
 
 
 class AttentionCall(NamedTuple):
-    """Attention in one way, as `nn.attention` names its operations."""
+    """A kind of attention call, as `nn.attention.api.name_calls` names it in the program."""
 
     backend: str
     pattern: str

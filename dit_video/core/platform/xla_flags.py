@@ -94,8 +94,7 @@ def set_accelerator_flags() -> None:
     if not _is_on():
         return
     if "cuda" in (find_gpu_backends() or ()):
-        if get_release("jaxlib") in CPU_FLAGS and not _is_single_gpu():
-            add_flags("XLA_FLAGS", GPU_FLAGS)
+        add_flags("XLA_FLAGS", _choose_gpu_flags(is_single=_is_single_gpu()))
         if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # the newer name of the same choice
             os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION)
     elif has_tpu() and get_release("libtpu") in TPU_RELEASES:
@@ -126,9 +125,12 @@ def list_flags(platform: str, chip: str, count: int) -> dict[str, str]:
     """Return the flags, by environment variable, that a run on so many chips has besides those that are set already."""
     if platform == "tpu":
         return {"LIBTPU_INIT_ARGS": _format_flags(get_compiler_options(chip))}
-    own = get_flags()["XLA_FLAGS"] or ""
-    has_flags = _is_on() and platform == "gpu" and count > 1 and get_release("jaxlib") in CPU_FLAGS
-    return {"XLA_FLAGS": " ".join(filter(None, (own, _format_flags(GPU_FLAGS if has_flags else {}))))}
+    added = _choose_gpu_flags(is_single=count == 1) if platform == "gpu" and _is_on() else {}
+    return {"XLA_FLAGS": " ".join(filter(None, (get_flags()["XLA_FLAGS"], _format_flags(added))))}
+
+
+def _choose_gpu_flags(*, is_single: bool) -> Mapping[str, str]:
+    return GPU_FLAGS if get_release("jaxlib") in CPU_FLAGS and not is_single else {}
 
 
 def _format_flags(flags: Mapping[str, str]) -> str:
@@ -169,5 +171,5 @@ def add_flags(variable: str, flags: Mapping[str, str]) -> None:
     if chosen and not chosen.startswith("-"):  # the name of a file with flags
         return
     names = {flag.lstrip("-").partition("=")[0] for flag in chosen.split()}
-    added = _format_flags({name: value for name, value in flags.items() if name not in names})
-    os.environ[variable] = " ".join(filter(None, (chosen, added)))
+    if added := _format_flags({name: value for name, value in flags.items() if name not in names}):
+        os.environ[variable] = " ".join(filter(None, (chosen, added)))

@@ -1,6 +1,8 @@
 """Check of context parallelism: a slice of the training that one device holds, computed by all devices and by one."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from dit_video.core.errors import UserError
+from dit_video.core.memory import name_exhausted_memory
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.distributed import shard_batch
 from dit_video.experiment.denoiser import init_denoiser
@@ -48,25 +51,24 @@ def check_context_parallel(subject: CheckedTraining, params: Any, rows: PackedBa
     mesh = subject.trainer.mesh
     if mesh.shape["context"] == 1:
         return []
+    valid = np.zeros_like(np.asarray(rows.valid))
+    valid[:1] = np.asarray(rows.valid)[:1] & (jax.process_index() == 0)
     try:
-        model, first_layers = _take_first_layers(subject, params)
-        divided = _Slice(subject, model, subject.run.partitioner, first_layers)
-        alone = _Slice(subject, model, ONE_DEVICE, first_layers)
-        is_first = jax.process_index() == 0
-        valid = np.zeros_like(np.asarray(rows.valid))
-        valid[:1] = np.asarray(rows.valid)[:1] & is_first
-        found = divided.compute(first_layers, shard_batch(rows._replace(valid=valid), mesh))
-        if not is_first:
-            return []
-        own = jax.tree.map(lambda leaf: leaf.addressable_data(0), first_layers)
-        expected = alone.compute(own, jax.tree.map(lambda leaf: np.asarray(leaf)[:1], rows))
+        with name_exhausted_memory("the comparison", "It needs a row of two layers on one device."):
+            model, first_layers = _take_first_layers(subject, params)
+            reader = ValueReader(subject, first_layers)
+            on_mesh = shard_batch(rows._replace(valid=valid), mesh)
+            compute = _make_loss_and_gradient(subject, model, subject.run.partitioner, reader)
+            found = jax.device_get(subject.jit(compute)(first_layers, on_mesh))
+            if jax.process_index():
+                return []
+            own = jax.tree.map(lambda leaf: leaf.addressable_data(0), first_layers)
+            first_row = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], rows)
+            compute = _make_loss_and_gradient(subject, model, ONE_DEVICE, reader)
+            expected = jax.device_get(jax.jit(compute)(own, first_row))
     except UserError as error:
         return [Problem(_NAME, f"not checked: {error}")]
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return [Problem(_NAME, "not checked: a row of two layers does not fit into the memory of one device")]
-    return _compare(subject, *jax.device_get((found, expected)))
+    return _compare(subject, found, expected)
 
 
 def _take_first_layers(subject: CheckedTraining, params: Any) -> tuple[ModelConfig, dict[str, Any]]:
@@ -78,17 +80,14 @@ def _take_first_layers(subject: CheckedTraining, params: Any) -> tuple[ModelConf
     backbone = subject.model.backbone
     count = min(_LAYERS, backbone.layers)
     model = dataclasses.replace(subject.model, backbone=backbone.replace(layers=count))
-    shapes = {
-        path: leaf.shape
-        for path, leaf in flatten(jax.eval_shape(lambda: init_denoiser(model, jax.random.key(0)))).items()
-    }
+    shapes = flatten(jax.eval_shape(functools.partial(init_denoiser, model), jax.random.key(0)))
 
     def take(params: Any, frozen: Any) -> dict[str, Any]:
         merged = subject.merge_params(params, frozen)
         return map_with_path(cut, {name: merged[name] for name in ("backbone", "text")})
 
     def cut(path: str, leaf: Array) -> Array:
-        shape = shapes.get(path)
+        shape = shapes[path].shape if path in shapes else None
         if shape is None or leaf.shape[1:] != shape[1:] or leaf.shape[:1] < shape[:1]:
             raise UserError(f"{path} has no part in a model of {count} layers")
         return leaf[: shape[0]] if shape else leaf
@@ -96,22 +95,18 @@ def _take_first_layers(subject: CheckedTraining, params: Any) -> tuple[ModelConf
     return model, subject.jit(take)(params, subject.frozen_params)
 
 
-class _Slice:
-    """The loss of the first layers, made for all devices or for one."""
+def _make_loss_and_gradient(
+    subject: CheckedTraining, model: ModelConfig, partitioner: Partitioner, reader: ValueReader
+) -> Callable[[Any, PackedBatch], _Result]:
+    """Return the traceable function from parameters and rows to the result of a model made with a partitioner."""
+    graph = get_graph_def(model.backbone.make, partitioner)
+    loss = dataclasses.replace(subject.loss, backbone=graph, optimizer=None, auxiliary=(), is_training=False)
 
-    def __init__(self, subject: CheckedTraining, model: ModelConfig, partitioner: Partitioner, params: Any):
-        graph = get_graph_def(model.backbone.make, partitioner)
-        self._loss = dataclasses.replace(subject.loss, backbone=graph, optimizer=None, auxiliary=(), is_training=False)
-        self._reader = ValueReader(subject, params)
-        self._compute = jax.jit(self._differentiate)
+    def compute(params: Any, rows: PackedBatch) -> _Result:
+        value, gradient = jax.value_and_grad(lambda each: loss(each, rows, jnp.int32(0)).value)(params)
+        return _Result(value, reader.take(gradient))
 
-    def compute(self, params: Any, rows: PackedBatch) -> _Result:
-        """Return the result on the devices of the arguments."""
-        return self._compute(params, rows)
-
-    def _differentiate(self, params: Any, rows: PackedBatch) -> _Result:
-        loss, gradient = jax.value_and_grad(lambda each: self._loss(each, rows, jnp.int32(0)).value)(params)
-        return _Result(loss, self._reader.take(gradient))
+    return compute
 
 
 def _compare(subject: CheckedTraining, found: _Result, expected: _Result) -> list[Problem]:

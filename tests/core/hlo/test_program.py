@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dit_video.core.hlo import read_program
 from dit_video.core.hlo.text import find_mesh_axes, parse_replica_groups
-from dit_video.planning import read_program
 
 MESH = {"data": 1, "fsdp": 2, "tensor": 1, "context": 4}
 

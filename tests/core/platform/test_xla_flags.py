@@ -31,6 +31,14 @@ def test_flags_are_added_once_for_old_releases_unless_they_are_set(monkeypatch, 
     assert os.environ["XLA_FLAGS"] == after
 
 
+def test_a_release_that_needs_no_flags_leaves_the_variable_unset(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "undone by monkeypatch")
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(xla_flags, "version", lambda _: "0.11.0")
+    xla_flags.set_cpu_flags()
+    assert "XLA_FLAGS" not in os.environ
+
+
 def run(program, *arguments, **variables):
     inherited = {name: value for name, value in os.environ.items() if name not in xla_flags.VARIABLES}
     command = [sys.executable, "-P", str(PROGRAMS / program), *arguments]

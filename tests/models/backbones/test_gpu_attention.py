@@ -14,7 +14,7 @@ from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.nn import Partitioner, get_graph_def, get_param_shapes
 from dit_video.tokens import PackedRows
-from support.gpu_programs import list_kernels, lower_for_gpus, pretend_hopper
+from support.gpu_programs import list_kernels, lower_for_gpus
 from support.marks import mark_slow_except
 
 TOKENS, TEXT, COUNT = 2304, 640, 3
@@ -34,8 +34,7 @@ class HopperPartitioner(Partitioner):
 
 @pytest.mark.parametrize("config", [pytest.param(WAN, marks=pytest.mark.slow), DIT], ids=["Wan", "DiT"])
 @pytest.mark.parametrize("count", mark_slow_except([COUNT], [COUNT, 1]))
-def test_rows_of_any_number_of_clips_are_computed_without_a_mask(monkeypatch, config, count):
-    pretend_hopper(monkeypatch)
+def test_rows_of_any_number_of_clips_are_computed_without_a_mask(config, count):
     graph = get_graph_def(config.make, HopperPartitioner())
     segments = jnp.minimum(jnp.arange(TOKENS) // 700, count)[None]
     text_segments = 1 + jnp.arange(TEXT)[None] * count // TEXT

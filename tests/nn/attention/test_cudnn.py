@@ -10,7 +10,7 @@ from dit_video.nn.attention import AttentionInputs, CausalFrames, ContiguousSegm
 from dit_video.nn.attention.cudnn import CudnnAttention, compute_segment_ranges
 from dit_video.nn.attention.dense import DenseAttention
 from support.cudnn_emulation import EMULATED_KERNELS
-from support.gpu_programs import list_kernels, lower_for_gpus, pretend_hopper
+from support.gpu_programs import list_kernels, lower_for_gpus
 
 LENGTH, HEADS, WIDTH, COUNT = 20, 2, 8, 4
 SEGMENTS = jnp.asarray(
@@ -87,8 +87,7 @@ def lower_gradients(attention, inputs, arrays) -> str:
 
 @pytest.mark.parametrize("text", [None, TEXT], ids=["self", "cross"])
 @pytest.mark.parametrize("count", [COUNT, 1])
-def test_the_program_for_gpus_has_the_packed_kernels_and_no_mask(monkeypatch, text, count):
-    pretend_hopper(monkeypatch)
+def test_the_program_for_gpus_has_the_packed_kernels_and_no_mask(text, count):
     arrays = make_arrays(LENGTH if text is None else TEXT.shape[1], jnp.bfloat16)
     program = lower_gradients(
         CudnnAttention(), AttentionInputs(SEGMENTS, text, contiguous=ContiguousSegments(count)), arrays
@@ -104,8 +103,7 @@ def test_the_program_for_gpus_has_the_packed_kernels_and_no_mask(monkeypatch, te
     assert f"x{LENGTH}x{arrays[1].shape[1]}x" not in program
 
 
-def test_another_pattern_is_computed_with_the_mask(monkeypatch):
-    pretend_hopper(monkeypatch)
+def test_another_pattern_is_computed_with_the_mask():
     arrays = make_arrays(dtype=jnp.bfloat16)
     places = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32)[None, :, None], (len(SEGMENTS), 1, 3))
     inputs = AttentionInputs.self_attention(SEGMENTS, places, segment_count=COUNT)
