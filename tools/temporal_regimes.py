@@ -7,6 +7,7 @@ prepare_script(__name__)
 import dataclasses
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -36,6 +37,8 @@ _IMAGE_FRAMES = DataConfig(max_pixels=32 * 48, max_frames=1)
 METRICS = ("scene_colours", "scene_directions", "scene_distance")
 _MEASURED_STEPS = 20
 """Number of steps of which the second half tells how long a step takes."""
+_MEASURED_SEED = 1000
+"""Seed of the trainings by which the time of a step is measured."""
 
 
 class Training(NamedTuple):
@@ -46,9 +49,14 @@ class Training(NamedTuple):
     seed: int
 
     @property
+    def way(self) -> str:
+        """Return the name of the way, which is trained with several seeds."""
+        return "-".join(filter(None, (self.regime, self.layers)))
+
+    @property
     def name(self) -> str:
         """Return its name, and that of its folder."""
-        return "-".join(filter(None, (self.regime, self.layers, str(self.seed))))
+        return f"{self.way}-{self.seed}"
 
 
 def main(
@@ -64,8 +72,9 @@ def main(
     """Compare ways to a video model: temporal layers alone, all layers, or from scratch; alternating or in groups.
 
     An image model is trained on single frames first, for as long as each video model is trained after it, or from
-    nothing (Kandinsky Video, arXiv 2311.13073, trains temporal layers alone). Every training has as many steps as fit
-    into these minutes on this machine.
+    nothing (Kandinsky Video, arXiv 2311.13073, trains temporal layers alone). The time of a step is measured for all
+    ways before the first training, so run nothing else until then. Each training has as many steps as fit into these
+    minutes by that time, however busy the machine is later.
 
     For example:
 
@@ -91,24 +100,31 @@ def main(
         for seed in range(seeds)
         for regime, layers in (("images", ""), *((regime, layers) for regime in get_args(Regime) for layers in LAYERS))
     ]
-    results = _read_results(json)
+    if not json.is_file():
+        ways = [training._replace(seed=_MEASURED_SEED) for training in trainings if training.seed == 0]
+        write_json(json, {"step_seconds": _measure_steps(ways, data, out), "results": []})
     for number, training in enumerate(trainings):
-        if part in (None, number) and training.name not in [result["name"] for result in results]:
-            result = _carry_out(training, data, out, minutes, count)
-            results = [*_read_results(json), result]  # other parts may have ended meanwhile
-            write_json(json, {"results": results})
-    print_table(results)
+        found = read_json(json)
+        if part in (None, number) and training.name not in [result["name"] for result in found["results"]]:
+            result = _carry_out(training, data, out, minutes, count, found["step_seconds"][training.way])
+            found = read_json(json)  # other parts may have ended meanwhile
+            write_json(json, found | {"results": [*found["results"], result]})
+    print_table(read_json(json)["results"])
 
 
-def _read_results(json: Path) -> list[dict[str, Any]]:
-    return read_json(json)["results"] if json.is_file() else []
+def _measure_steps(trainings: Iterable[Training], data: Path, out: Path) -> dict[str, float]:
+    """Return the seconds of a step of each way; the trainings start with the image model."""
+    seconds = {}
+    for training in trainings:
+        run = _train(out / training.name, make_experiment(training, out, steps=_MEASURED_STEPS), data, out)
+        entries = read_metrics(run.folder / "denoiser" / "metrics.jsonl")
+        seconds[training.way] = float(np.median([entry["step_seconds"] for entry in entries[len(entries) // 2 :]]))
+    return seconds
 
 
-def _carry_out(training: Training, data: Path, out: Path, minutes: float, count: int) -> dict[str, Any]:
-    experiment = make_experiment(training, out, steps=_MEASURED_STEPS)
-    measured = _train(out / "measured" / training.name, experiment, data, out)
-    entries = read_metrics(measured.folder / "denoiser" / "metrics.jsonl")
-    step_seconds = float(np.median([entry["step_seconds"] for entry in entries[len(entries) // 2 :]]))
+def _carry_out(
+    training: Training, data: Path, out: Path, minutes: float, count: int, step_seconds: float
+) -> dict[str, Any]:
     experiment = make_experiment(training, out, steps=max(_MEASURED_STEPS, int(60 * minutes / step_seconds)))
     start = time.perf_counter()
     run = _train(out / training.name, experiment, data, out)
