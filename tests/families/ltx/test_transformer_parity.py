@@ -127,7 +127,10 @@ def test_values_and_gradients_equal_diffusers(tmp_path, torch, model):
             expected = expected_gradients.pop(name).numpy()
             scale = np.abs(expected).max()
             assert scale > 1e-4, name
-            assert np.abs(result - expected).max() <= 1e-3 * scale, name
+            # Scores of texts are nearly equal, so that the terms of these gradients nearly cancel behind the softmax;
+            # what rounding leaves differs with the instructions of the CPU.
+            tolerance = 2e-3 if ".attn2." in name else 1e-3
+            assert np.abs(result - expected).max() <= tolerance * scale, name
     assert not expected_gradients
 
 
