@@ -1,15 +1,23 @@
 """Metrics of laws of motion: whether the objects of a sample fall, bounce, collide and reappear as physics asks."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from dit_video.evaluation.metrics.metric import MetricBatch, MetricDescription, ShareMetric
+from dit_video.evaluation.metrics.metric import (
+    ExampleMetric,
+    MetricBatch,
+    MetricDescription,
+    MetricValue,
+    ShareMetric,
+    estimate_mean,
+)
 from dit_video.scenes import Scene
+from dit_video.scenes.laws import LAWS, Law
 from dit_video.scenes.objects import ObjectTrack, find_objects, find_post
 from dit_video.scenes.physics import exchange_momentum
 from dit_video.video import Clip
@@ -231,6 +239,69 @@ class ObjectPermanence(LawMetric):
         return bool(
             hidden <= _MAX_HIDDEN_AREA * whole and distance <= _MAX_OFFSET * side and residual <= MAX_RESIDUAL * side
         )
+
+
+class LawError(NamedTuple):
+    """The error of a sample that continues a scene of a law."""
+
+    law: Law
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuationError(ExampleMetric[LawError | None]):
+    """Mean distance of objects from their true places in the frames after the known ones, relative to a still clip's.
+
+    It is 0 for the truth, and 1 for a clip that stands still after the known frames, whose objects are at the places of
+    the last of them. It falls before any share of kept laws rises. An object that is lost counts as one that stands
+    still, and frames in which the truth hides an object do not count, nor do samples without known frames.
+    """
+
+    needs = ("samples", "references", "scenes")
+
+    def describe(self) -> Mapping[str, MetricDescription]:
+        """Return the description of the error of each law."""
+        return {
+            f"{law}_error": MetricDescription(
+                label=f"{law.replace('_', ' ')}, error of places",
+                decimals=2,
+                is_higher_better=False,
+                explanation="after the known frames; 0 is the truth, and 1 a clip that stands still",
+            )
+            for law in LAWS
+        }
+
+    def measure(self, batch: MetricBatch) -> Sequence[LawError | None]:
+        """Return the error of every sample with known frames, and None for the others."""
+        return [
+            LawError(truth.law, _measure_continuation(batch, clip, reference, truth)) if truth.known else None
+            for clip, reference, truth in zip(batch.samples, batch.references, batch.scenes, strict=True)
+        ]
+
+    def compute(self, state: tuple[LawError | None, ...]) -> Mapping[str, MetricValue]:
+        """Return the mean error of each law."""
+        errors = [each for each in state if each is not None]
+        return {f"{law}_error": estimate_mean([each.error for each in errors if each.law == law]) for law in LAWS}
+
+    def list_examples(self, state: tuple[LawError | None, ...]) -> Sequence[Mapping[str, float]]:
+        """Return the error of every sample by the name of its law's."""
+        return [{} if each is None else {f"{each.law}_error": each.error} for each in state]
+
+
+def _measure_continuation(batch: MetricBatch, clip: Clip, reference: Clip, truth: Any) -> float:
+    """Return the mean distance of a sample's objects from the reference's, relative to that of a still clip."""
+    own, true = (
+        batch.derive(find_objects, each, truth.scene.background, min_share=ObjectPermanence.min_share)
+        for each in (clip, reference)
+    )
+    distances, still_distances = [], []
+    for colour in (each.colour for each in truth.scene.objects if each.colour in true):
+        places, start = true[colour].centre[truth.known :], true[colour].centre[truth.known - 1]
+        still = np.hypot(*(places - start).T)
+        found = np.hypot(*(own[colour].centre[truth.known :] - places).T) if colour in own else np.nan
+        distances.append(np.where(np.isnan(found), still, found))
+        still_distances.append(still)
+    return float(np.nansum(distances) / np.nansum(still_distances))
 
 
 _MIN_SIDE_FRAMES = 4

@@ -22,14 +22,14 @@ Law = Literal["free_fall", "bounce", "collision", "permanence"]
 """Law that a scene shows: gravity, reflection at a wall, momentum of two discs, or motion behind a post."""
 LAWS: tuple[Law, ...] = get_args(Law)
 SIZES: dict[Law, tuple[Grid, ...]] = {
-    "free_fall": (Grid(9, 48, 48), Grid(9, 64, 64), Grid(13, 96, 48)),
-    "bounce": (Grid(17, 48, 48), Grid(17, 64, 64), Grid(17, 48, 80), Grid(25, 64, 96)),
-    "collision": (Grid(17, 48, 80), Grid(17, 80, 48), Grid(17, 64, 96)),
-    "permanence": (Grid(25, 48, 80), Grid(33, 48, 80), Grid(33, 64, 96)),
+    "free_fall": (Grid(9, 48, 48), Grid(9, 48, 80)),
+    "bounce": (Grid(17, 48, 48), Grid(17, 48, 80), Grid(17, 80, 48)),
+    "collision": (Grid(17, 48, 80), Grid(17, 80, 48)),
+    "permanence": (Grid(25, 48, 80),),
 }
-"""Frames, heights and widths of the scenes of each law. A fall from rest reaches the floor of a square after 9 frames
-at 8 per second, and what is behind a post is hidden for about half of the frames. Frames are 1 + 4k, and sides
-multiples of 16, as autoencoders and denoisers need them."""
+"""Frames, heights and widths of the scenes of each law, the smallest that show it. A fall from rest reaches the floor
+after 9 frames at 8 per second, and what is behind a post is hidden for about half of the frames. Frames are 1 + 4k, and
+sides multiples of 16, as autoencoders and denoisers need them."""
 _HUES = tuple(name for name in COLOURS if name != "white")
 """Colours of objects. White with a texture is as grey as the post, and as the lightest grey background."""
 _SYMMETRIC_SHAPES = ("circle", "square", "ring", "cross")

@@ -21,7 +21,7 @@ from dit_video.sampling.request import Condition, Request
 from dit_video.scenes import Scene, draw_scene, render
 from dit_video.scenes.draw import FREE_FRAMES, SIZES
 from dit_video.scenes.features import SceneFeatures
-from dit_video.scenes.law_metrics import BounceLaw, CollisionLaw, FreeFall, ObjectPermanence
+from dit_video.scenes.law_metrics import BounceLaw, CollisionLaw, ContinuationError, FreeFall, ObjectPermanence
 from dit_video.scenes.laws import LAWS, MIN_FRAMES, Law, draw_physics_scene
 from dit_video.scenes.position_metrics import SceneStartError, SceneStartSpread
 from dit_video.scenes.prompt_metrics import (
@@ -44,6 +44,8 @@ class SceneTruth(NamedTuple):
     scene: Scene
     law: Law | None = None
     """Law of motion that the scene shows, if it is drawn for one."""
+    known: int = 0
+    """Number of first frames of the scene that the sample continues."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,8 @@ class PhysicsProtocol(EvaluationProtocol):
         truths = []
         for number in range(self.real_count or self.count or 1):
             index, law = number // len(self.laws), self.laws[number % len(self.laws)]
-            truths.append(SceneTruth(draw_physics_scene(index, seed=self.seed, law=law, sizes=self.sizes), law))
+            scene = draw_physics_scene(index, seed=self.seed, law=law, sizes=self.sizes)
+            truths.append(SceneTruth(scene, law, self.known))
         return _make_scenes(truths)
 
     def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
@@ -194,5 +197,11 @@ register_protocol(
 register_protocol(PhysicsProtocol(name="physics", count=256, metrics=PHYSICS_METRICS, seed=10**6))
 # A sample starts as its scene, so that the law says how it goes on.
 register_protocol(
-    PhysicsProtocol(name="physics_extension", count=256, metrics=PHYSICS_METRICS, seed=10**6, known=MIN_FRAMES)
+    PhysicsProtocol(
+        name="physics_extension",
+        count=256,
+        metrics=(*PHYSICS_METRICS, ContinuationError()),
+        seed=10**6,
+        known=MIN_FRAMES,
+    )
 )

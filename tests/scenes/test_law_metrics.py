@@ -9,11 +9,11 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.scenes import render, simulate
-from dit_video.scenes.law_metrics import fit_contact, fit_motion
-from dit_video.scenes.laws import LAWS, SIZES, draw_physics_scene
+from dit_video.scenes.law_metrics import ContinuationError, fit_contact, fit_motion
+from dit_video.scenes.laws import LAWS, MIN_FRAMES, SIZES, draw_physics_scene
 from dit_video.scenes.objects import find_post
 from dit_video.scenes.physics import exchange_momentum
-from dit_video.scenes.protocols import PHYSICS_METRICS
+from dit_video.scenes.protocols import PHYSICS_METRICS, SceneTruth
 from dit_video.tokens import Grid
 from support.physics_truths import make_physics_truths
 
@@ -291,6 +291,37 @@ def test_each_metric_counts_the_scenes_of_its_law():
     assert [[list(row) for row in rows] for rows in zip(*examples, strict=True)] == [
         [[metric.name] if metric is own else [] for metric in PHYSICS_METRICS] for own in PHYSICS_METRICS
     ]
+
+
+def measure_errors(clips, truths, known=MIN_FRAMES):
+    """Return the errors of places of samples that continue the scenes of one law."""
+    truths = [SceneTruth(truth.scene, truth.law, known) for truth in truths]
+    references = [render(truth.scene).clip for truth in truths]
+    metric = ContinuationError()
+    batch = MetricBatch(samples=clips, references=references, scenes=truths)
+    return metric.compute(metric.update(metric.init(), batch))
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_errors_of_places_go_from_the_truth_to_a_still_clip(law):
+    truths = get_truths(law, 3)
+    clips = [truth.reference for truth in truths]
+    numbers = [np.minimum(np.arange(len(clip.frames)), MIN_FRAMES - 1) for clip in clips]
+    still = [replace(clip, frames=clip.frames[kept]) for clip, kept in zip(clips, numbers, strict=True)]
+    empty = [render(replace(truth.scene, objects=())).clip for truth in truths]
+    straight = []  # on from the last known frames, as if there were no law but inertia
+    for truth in truths:
+        centres = get_centres(truth.scene)
+        last, velocity = centres[MIN_FRAMES - 1], centres[MIN_FRAMES - 1] - centres[MIN_FRAMES - 2]
+        steps = np.arange(1, truth.scene.size.t - MIN_FRAMES + 1)[:, None, None]
+        straight.append(render_motion(truth.scene, np.concatenate([centres[:MIN_FRAMES], last + steps * velocity])))
+    found = [measure_errors(each, truths)[f"{law}_error"] for each in (clips, straight, still, empty)]
+    errors = [each.value for each in found]
+    assert errors[0] == 0
+    assert errors[2:] == [1, 1]
+    assert 0.15 < errors[1] < 2 or law == "permanence"
+    assert [each.count for each in found] == [3] * 4
+    assert measure_errors(clips, truths, known=0)[f"{law}_error"].value is None
 
 
 @pytest.mark.nightly

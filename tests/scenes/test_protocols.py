@@ -113,7 +113,7 @@ def test_a_model_samples_the_scenes(pipeline, tmp_path, monkeypatch, name, known
         assert len(frames) == (known > 0)
         for each in frames:
             np.testing.assert_array_equal(each, data.read(number, None).frames[:known])
-    assert list(result.results) == list(NAMES)
+    assert list(result.results) == [*NAMES, *(f"{law}_error" for law in LAWS if known)]
     assert {each.estimate.count for each in result.results.values()} == {1}
     settings = json.loads((tmp_path / SAMPLES_FOLDER / SETTINGS_FILE).read_text())
     assert all(("pictures" in request) == (known > 0) for request in settings["requests"])
