@@ -77,9 +77,9 @@ def main(
         out: File to write (mp4, mov, webm, gif, webp, apng; png or jpg for one frame), or folder of the results of a
             list, with prompts.json and a contact sheet. Files that exist are not made again.
         task: Task and its values.
-        prompts: JSON file with a list of {prompt, frames, height, width, seed, image, …} or {task, seed, …} with the
-            values of the task, or text file with a prompt on each line; see docs/evaluation.md. --size, --seed and
-            --negative are those of entries that have none.
+        prompts: List of prompts, of {prompt, frames, height, width, seed, image, …} or of {task, seed, …} with the
+            values of the task, in .json, .jsonl or .csv, or text file with a prompt on each line; see
+            docs/evaluation.md. --size, --seed and --negative are those of entries that have none.
         seed: Seed of the noise; 0 by default. That of a list's first entry; further ones count up.
         negative: Negative prompt, which guidance steers away from; the model's own by default, none if "".
         control: Clip that steers what is generated, such as poses, depth or edges.

@@ -240,11 +240,16 @@ class AdapterFile(NamedTuple):
 
         Raises:
           MissingError: If the file does not exist.
+          UserError: If it does, and what follows is neither a scale nor an expert.
         """
         match = _ADAPTER.fullmatch(text)
         assert match is not None  # any text is at least the name of a file
         file, scale, expert = match.groups()
         if not Path(file).exists():
+            front, _, end = text.partition("@")
+            if front and end and Path(front).exists():
+                rule = "the file may be followed by @SCALE, or by @SCALE and @backbone or @low_noise"
+                raise UserError(f"--lora {text} is invalid: {rule}. Use {front}@0.8 or {front}@0.8@low_noise")
             raise MissingError(f"no such file: {file} of --lora {text}; use FILE, FILE@SCALE or FILE@SCALE@EXPERT")
         return AdapterFile(Path(file), float(scale or 1), "low_noise" if expert == "low_noise" else "backbone")
 

@@ -56,7 +56,10 @@ from dit_video.sampling.request import OPTIONS, Conditioner, ModelParts, Request
 from dit_video.tokens import Field, Grid, PackedBatch
 from dit_video.video import Clip
 
-IMAGE_IS_NEEDED = "this model needs an image; give image=, a clip of one frame or pixels [H W 3]"
+IMAGE_IS_NEEDED = (
+    "this model needs an image; give image=, a clip of one frame or pixels [H W 3] (of a task "
+    "conditions=[Condition(content=image)]), or a mask that keeps the first frame"
+)
 _MAX_DIFFERENCE = 0.05
 """Largest difference of latents that counts as rounding; their standard deviation is about 1."""
 
@@ -76,8 +79,8 @@ class Completion(Conditioner):
         request.check_pictures(self.accepted)
         check_options(request)
         if request.grid.t == 1 and model.frame_conditioning is not None and model.frame_conditioning.is_required:
-            least = 1 + model.codec.config.stride.t
-            raise UserError(f"a clip of one frame is invalid: this model animates an image. Use {least} frames or more")
+            fix = f"Use {1 + model.codec.config.stride.t} frames or more, or a model of text to video"
+            raise UserError(f"a clip of one frame is invalid: this model animates an image. {fix}")
         known = collect_known_pixels(request)
         trained_part = None if known is None else _choose_trained_part(known, request, model)
         trained = None if known is None or trained_part is None else known.select(trained_part)

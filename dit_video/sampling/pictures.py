@@ -44,12 +44,14 @@ def to_image(name: str, value: Image) -> Clip:
         return value
     if isinstance(value, str | Path):
         return decode(value, frames=1)
-    pixels = _read_pil(name, value) if isinstance(value, PilImage.Image) else _to_array(name, value)
+    pixels = _read_pil(name, value) if isinstance(value, PilImage.Image) else _to_uint8(name, value)
     if pixels.ndim == 2 and pixels.shape[-1] > 4:  # a row of pixels, perhaps, if it is less wide
         pixels = np.repeat(pixels[..., None], 3, axis=-1)
     if pixels.ndim != 3:
-        raise UserError(f"{name} of shape {list(pixels.shape)} is invalid: an image is [H W 3]. Use one frame")
-    return Clip(_to_pixels(name, pixels)[None], _ARRAY_FPS)
+        fixes = {2: "np.repeat(pixels[..., None], 3, axis=-1)", 4: "pixels[0], one frame"}
+        fix = fixes.get(pixels.ndim, "pixels [H W 3]")
+        raise UserError(f"{name} of shape {list(pixels.shape)} is invalid: an image is [H W 3]. Use {fix}")
+    return Clip(_select_colours(name, pixels)[None], _ARRAY_FPS)
 
 
 def to_clip(name: str, value: Video) -> Clip:
@@ -71,7 +73,7 @@ def to_clip(name: str, value: Video) -> Clip:
         return Clip(np.concatenate(images), _ARRAY_FPS)
     if isinstance(value, PilImage.Image):
         raise UserError(f"{name} is invalid: an image is no video. Use [image], a list of frames")
-    frames = _to_array(name, value)
+    frames = _to_uint8(name, value)
     if frames.ndim != 4:
         shape = list(frames.shape)
         if frames.ndim == 3:
@@ -79,7 +81,7 @@ def to_clip(name: str, value: Video) -> Clip:
         else:
             fix = f"{name}[0]" if frames.ndim == 5 else "an array of frames"
         raise UserError(f"{name} of shape {shape} is invalid: a video is [T H W 3]. Use {fix}")
-    return Clip(_to_pixels(name, frames), _ARRAY_FPS)
+    return Clip(_select_colours(name, frames), _ARRAY_FPS)
 
 
 def to_image_or_clip(name: str, value: Image | Video) -> Clip:
@@ -107,9 +109,10 @@ def to_mask(name: str, value: MaskImage) -> Mask:
     mask = np.asarray(value)
     if mask.dtype != np.bool_ or not 1 <= mask.ndim <= 3:
         rule = "it must be boolean, [T H W], [H W] or [T], True where pixels are generated"
-        raise UserError(
-            f"{name} of {mask.dtype} {list(mask.shape)} is invalid: {rule}. Use {name} > 127, or {name} > 0.5"
-        )
+        fix = f"{name}[..., 0]" if mask.ndim else "an array or a picture"
+        if mask.ndim and mask.dtype != np.bool_:
+            fix = f"{name} > 127 if white is 255, {name} > 0.5 if it is 1"
+        raise UserError(f"{name} of {mask.dtype} {list(mask.shape)} is invalid: {rule}. Use {fix}")
     return mask
 
 
@@ -123,36 +126,62 @@ def _read_pil(name: str, image: PilImage.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _to_array(name: str, value: Any) -> np.ndarray:
+def _to_uint8(name: str, value: Any) -> UInt8[np.ndarray, "..."]:
+    """Return the values of an array, of any shape, as uint8.
+
+    Raises:
+      UserError: If the value is no array, or its values are neither uint8 nor floats from 0 to 1.
+    """
     if isinstance(value, list | tuple | dict) or not hasattr(value, "__array__"):
         rule = f"a {type(value).__name__} is no picture"
         raise UserError(f"{name} is invalid: {rule}. Use a clip, an array, a PIL image or the name of a file")
-    return np.asarray(value)
+    pixels = np.asarray(value)
+    if pixels.dtype == np.uint8 or 0 in pixels.shape:
+        return pixels.astype(np.uint8)
+    is_float = jnp.issubdtype(pixels.dtype, jnp.floating)  # bfloat16, too
+    if not is_float and pixels.dtype.kind not in "bui":
+        raise UserError(f"{name} of {pixels.dtype} is invalid: pixels are numbers. Use uint8, or floats from 0 to 1")
+    low, high = float(pixels.min()), float(pixels.max())
+    if is_float and low >= 0 and high <= 1:
+        return np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
+    rule = f"pixels are uint8, or floats from 0 to 1, these from {low:.3g} to {high:.3g}"
+    raise UserError(f"{name} of {pixels.dtype} {list(pixels.shape)} is invalid: {rule}. Use {_scale(low, high)}")
 
 
-def _to_pixels(name: str, pixels: np.ndarray) -> UInt8[np.ndarray, "*T H W 3"]:
-    """Return uint8 pixels of an array whose last axis is RGB, or RGBA without transparency.
+def _scale(low: float, high: float) -> str:
+    """Return the expression that brings pixels to values from 0 to 1, with the condition for it if there are several.
+
+    Args:
+      low: The lowest value of the pixels.
+      high: The highest value.
+    """
+    if not np.isfinite([low, high]).all():
+        return "finite values"
+    if low < 0:
+        if low < -1 or high > 1:
+            return "np.clip((pixels - black) / (white - black), 0, 1), with the values of black and white"
+        return "(pixels + 1) / 2 if black is -1, np.clip(pixels, 0, 1) if it is 0"
+    if high <= 1:
+        return "pixels.astype(float) if white is 1"
+    if high < 2:
+        return "np.clip(pixels, 0, 1) if white is 1, pixels / 255 if it is 255"
+    return "pixels / 255 if white is 255" if high <= 255 else "pixels / white, such as 65535"
+
+
+def _select_colours(name: str, pixels: UInt8[np.ndarray, "..."]) -> UInt8[np.ndarray, "*T H W 3"]:
+    """Return pixels of an array whose last axis is RGB, or RGBA without transparency.
 
     Raises:
-      UserError: If the array has other channels, another dtype, or values out of range.
+      UserError: If the array has other channels, or parts are transparent.
     """
     shape = list(pixels.shape)
     if shape[-1] not in (3, 4) or 0 in shape:
-        rule = "the last axis is that of the colours, RGB"
-        fixes = [(-1, 1, "np.repeat(pixels, 3, axis=-1)")]
-        if len(shape) > 2:
-            fixes += [(-3, 3, "np.moveaxis(pixels, -3, -1)"), (0, 3, "np.moveaxis(pixels, 0, -1)")]
-        fix = next((fix for axis, length, fix in fixes if shape[axis] == length), "pixels [H W 3]")
+        rule, fix = "the last axis is that of the colours, RGB", "pixels [H W 3]"
+        axes = (-1, -3, 0) if len(shape) > 2 else (-1,)
+        if (axis := next((axis for axis in axes if shape[axis] in (1, 3, 4)), None)) is not None:
+            fix = "pixels" if axis == -1 else f"np.moveaxis(pixels, {axis}, -1)"
+            fix = f"np.repeat({fix}, 3, axis=-1)" if shape[axis] == 1 else fix
         raise UserError(f"{name} of shape {shape} is invalid: {rule}. Use {fix}")
-    if jnp.issubdtype(pixels.dtype, jnp.floating):  # bfloat16, too
-        if not np.all((pixels >= 0) & (pixels <= 1)):
-            rule = f"floats are from 0 to 1, these from {pixels.min():.3g} to {pixels.max():.3g}"
-            fix = "Use dit_video.core.pixels.to_uint8 for values from -1 to 1, or pixels.astype(np.uint8) up to 255"
-            raise UserError(f"{name} is invalid: {rule}. {fix}")
-        pixels = np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
-    if pixels.dtype != np.uint8:
-        rule = "pixels are uint8, or floats from 0 to 1"
-        raise UserError(f"{name} of {pixels.dtype} {shape} is invalid: {rule}. Use pixels / white, such as 255")
     return _drop_alpha(name, pixels) if shape[-1] == 4 else pixels
 
 

@@ -294,6 +294,11 @@ class Pipeline:
         changed = (sampling or self.config.sampling).change(
             self.config.model.process, steps=steps, guidance=guidance, solver=solver, shift=shift, times=times
         )
+        if previous is not None and not (
+            isinstance(previous, Mapping) and all(isinstance(values, Mapping) for values in previous.values())
+        ):
+            rule = "it must be a mapping of previous steps to mappings of their values"
+            raise UserError(f"previous={previous!r} is invalid: {rule}. Use {{'prior': {{'steps': 25}}}}.")
         if previous:
             steps_before = dict(changed.previous or {})
             for name, values in previous.items():
@@ -846,6 +851,7 @@ class Pipeline:
         """Return arguments of `sample_latents`; warn if guidance drops a condition that training never dropped."""
         self._weights.check_usable()
         check_request_list(requests)
+        check_is_sampling(sampling)
         config, sampling = self.config, sampling or self.config.sampling
         check_sampling(config, sampling)
         dropouts = get_dropouts(config)

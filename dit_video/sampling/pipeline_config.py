@@ -271,6 +271,8 @@ def make_model_parts(
 def to_grid(size: Any) -> Grid:
     """Convert a user's size to a grid."""
     try:
+        if any(isinstance(length, bool) for length in size):  # an index to Python
+            raise TypeError("a truth value is no length")
         return Grid(*map(operator.index, size))
     except TypeError as error:
         rule = "a size is three whole numbers, frames, height and width, such as (17, 32, 48)"

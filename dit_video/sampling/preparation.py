@@ -1,7 +1,7 @@
 """From requests of clips to requests of latents, and the checks that they pass, which need no weights."""
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +17,14 @@ from dit_video.models.encoders import FrozenTextConfig
 from dit_video.sampling import Sampling
 from dit_video.sampling.completion import choose_conditioner
 from dit_video.sampling.denoiser import list_experts
-from dit_video.sampling.packing import IMAGE, SamplingRequest, plan_steps
+from dit_video.sampling.packing import IMAGE, RequestSize, SamplingRequest, plan_rows, plan_steps
 from dit_video.sampling.pipeline_config import PipelineConfig, make_model_parts, to_grid
 from dit_video.sampling.plan import FrameChange
 from dit_video.sampling.program import list_fields
 from dit_video.sampling.request import ModelParts, Request
 from dit_video.sampling.sampler import draw_initial_noise
 from dit_video.tokens import Field, Grid
+from dit_video.video import Clip
 from dit_video.weights.frozen_encoders import FrozenImageEncoder
 
 
@@ -49,16 +50,17 @@ def check_requests(config: PipelineConfig, requests: Sequence[Request], sampling
         if config.previous:
             names = [each.field.name for each in config.model.backbone.conditioning]
             sized = select_conditioning(sized, names)
-        prepared = prepare_request(config, sized, model)
+        prepared = prepare_request(config, sized, model, draw_noise=_make_empty_noise)
         grid = prepared.get_token_grid(config.model.backbone.patch)
         size = ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w)
         process = config.model.process.specialize(size)
         times = sampling.make_times(process)
         plan_steps(prepared, process, sampling)
         sampling.guidance.get_params(np.asarray(times.times, np.float32))
+        branches = prepared.branches(sampling.guidance.dropped)
         if tokenizer is not None:  # A frozen encoder takes any text.
-            for prompt in (prepared.prompt, prepared.negative):
-                tokenizer(prompt)
+            texts = tuple(len(tokenizer(prompt)) for prompt, _ in branches)
+            plan_rows([RequestSize(grid, texts)], config.model.row_shape, rows=1, is_batched=False)
 
 
 def check_sampling(config: PipelineConfig, sampling: Sampling) -> None:
@@ -95,13 +97,25 @@ def get_dropouts(config: PipelineConfig) -> dict[str, float | None]:
     return dropouts | {each.field.name: each.dropout for each in model.backbone.conditioning}
 
 
-def prepare_request(config: PipelineConfig, request: Request, model: ModelParts) -> SamplingRequest:
+def _make_empty_noise(_seed: int, latents: Grid, channels: int) -> Float32[np.ndarray, "t h w c"]:
+    """Return zeros in the place of a request's noise, for which a program would be compiled for every size."""
+    return np.zeros((*latents, channels), np.float32)
+
+
+def prepare_request(
+    config: PipelineConfig,
+    request: Request,
+    model: ModelParts,
+    *,
+    draw_noise: Callable[[int, Grid, int], Float32[np.ndarray, "t h w c"]] = draw_initial_noise,
+) -> SamplingRequest:
     """Return a request of latents, with the pipeline's negative prompt where the request has none.
 
     Args:
       config: Config of the pipeline.
       request: Request with its size. Its noise is also that of the plan's `leading_frames`.
       model: The pipeline's model, or one without weights.
+      draw_noise: Returns the noise of a seed, for latents of a size and a number of channels.
 
     Raises:
       UserError: If the model cannot sample the size, the noise does not fit, or the request does not fit its
@@ -115,7 +129,7 @@ def prepare_request(config: PipelineConfig, request: Request, model: ModelParts)
     latents = latents._replace(t=latents.t + plan.leading_frames)
     shape = (*latents, model.codec.config.channels)
     noise = request.noise
-    initial = draw_initial_noise(request.seed, latents, shape[-1]) if noise is None else np.asarray(noise)
+    initial = draw_noise(request.seed, latents, shape[-1]) if noise is None else np.asarray(noise)
     if initial.shape != shape:
         raise UserError(f"noise for latents of {latents!r} has shape {shape}, not {initial.shape}")
     if not np.isfinite(initial).all():
@@ -195,6 +209,10 @@ class EmptyCodec(LatentCodec):
     def encode_pixels(self, pixels: np.ndarray) -> Float32[np.ndarray, "t h w c"]:
         grid = latent_grid(Grid(*pixels.shape[:3]), self.config.stride)
         return np.zeros((*grid, self.config.channels), np.float32)
+
+    def reconstruct(self, clip: Clip) -> Clip:
+        """Return the clip as it is."""
+        return clip
 
 
 class EmptyImageEncoder:

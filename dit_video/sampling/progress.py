@@ -81,7 +81,13 @@ def make_report(
     preview_decoder: PreviewDecoder | None = None,
     fps: float = 1.0,
 ) -> Callable[[SamplingProgress | EditProgress], object] | None:
-    """Return the function that calls a callback with the progress of sampling or of an edit; None without one."""
+    """Return the function that calls a callback with the progress of sampling or of an edit; None without one.
+
+    Raises:
+      UserError: If the callback is no function.
+    """
     if callback is None:
         return None
+    if not callable(callback):
+        raise UserError(f"callback={callback!r} is invalid: it must be a function. Use print to see every call.")
     return lambda progress: callback(PipelineProgress(progress, decode, preview_decoder, fps))

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from dit_video.core.errors import UserError, check_number, check_whole
 from dit_video.core.offload import Offload
@@ -166,7 +167,7 @@ class Request:
         check_number(strength=self.strength)
         for name, (kind, rule) in _KINDS.items():
             if not isinstance(value := getattr(self, name), kind):
-                raise UserError(f"{name}={value!r} is invalid: it must be {rule}.")
+                raise UserError(f"{name}={_show(value)} is invalid: it must be {rule}.")
         object.__setattr__(self, "seed", int(self.seed))  # of numbers of NumPy, which JSON does not have
         object.__setattr__(self, "resample", int(self.resample))
         object.__setattr__(self, "strength", None if self.strength is None else float(self.strength))
@@ -244,11 +245,21 @@ def _to_images(name: str, value: Any) -> tuple[Clip, ...]:
     return tuple(to_image(name, each) for each in value)
 
 
+def _to_noise(name: str, value: Any) -> Float[np.ndarray, "t h w c"]:
+    if not hasattr(value, "dtype") or np.ndim(value) != 4 or not jnp.issubdtype(value.dtype, jnp.floating):
+        found = f" of {value.dtype} {list(np.shape(value))}" if hasattr(value, "dtype") else f"={_show(value)}"
+        rule = "it must be an array [t h w c] of real numbers, standard normal"
+        raise UserError(f"{name}{found} is invalid: {rule}. Use None for that of the seed.")
+    return np.asarray(value)
+
+
 _KINDS: dict[str, tuple[Any, str]] = {
     "prompt": (str, "a text. Use one in quotes"),
     "negative": (str | None, "a text. Use one in quotes"),
+    "method": (str, "a text. Use 'auto', 'trained' or 'training_free'"),
     "conditioning": (Mapping, "a mapping of names. Use {name: value}"),
     "strengths": (Mapping, "a mapping of names. Use {name: 1.0}"),
+    "conditioner": (Conditioner | None, "a Conditioner. Use None for the model's own"),
 }
 """Types of fields, and what they must be in the words of an error, with the fix."""
 _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
@@ -259,6 +270,7 @@ _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
     "conditions": to_conditions,
     "control": to_clip,
     "reference_images": _to_images,
+    "noise": _to_noise,
 }
 """Conversions of pictures by the names of their fields."""
 
@@ -324,8 +336,11 @@ def _to_text(prompt: Any, has_classes: bool) -> str:
         return str(int(prompt))
     kinds = "a text or the number of a class" if has_classes else "a text"
     fix = "list(prompt)" if hasattr(prompt, "tolist") else "a text in quotes"
-    shown = textwrap.shorten(repr(prompt), 60, placeholder="…")
-    raise TypeError(f"prompt={shown} is invalid: it must be {kinds}, or a list of them. Use {fix}.")
+    raise TypeError(f"prompt={_show(prompt)} is invalid: it must be {kinds}, or a list of them. Use {fix}.")
+
+
+def _show(value: Any) -> str:
+    return textwrap.shorten(repr(value), 60, placeholder="…")
 
 
 def _spread(name: str, value: Any, count: int, has_prompts: bool) -> list[Any]:

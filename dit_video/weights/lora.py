@@ -126,7 +126,10 @@ _OTHER_ADAPTERS = {
     "LoKr": r"\.lokr_(w|t)\d.*",
     "LoHa": r"\.hada_(w|t)\d.*",
     "LoCon with a core tensor": r"\.lora_mid\.weight",
+    "VeRA": r"\.vera_(A|B|lambda_[bd])(\..*)?",
+    "AdaLoRA": r"\.(lora_E|ranknum)(\..*)?",
     "OFT": r"\.oft_.*",
+    "BOFT": r"\.boft_(R|s)(\..*)?",
     "IA3": r"\.(ia3_l|on_input)(\..*)?",
     "GLoRA": r"\.(a1|a2|b1|b2)\.weight",
 }
@@ -165,10 +168,7 @@ def match_tensors(file: Path, arrays: Mapping[str, np.ndarray], shapes: Shapes, 
         raise UserError(f"{file} has no tensors. Write it again, or {_FIX}")
     for kind, ending in _OTHER_ADAPTERS.items():
         if name := next((name for name in arrays if re.search(f"(?:{ending})$", name)), None):
-            raise UserError(
-                f"{file} is a {kind} adapter, as it has {name}, which is not supported. Use a LoRA, or a model into "
-                "which the adapter is merged"
-            )
+            raise _make_kind_error(file, kind, name)
     flat = {name.replace(".", "_"): name for name in modules}
     if len(flat) != len(modules):
         raise ValueError("two modules have the same name after replacing dots by underscores")
@@ -210,6 +210,12 @@ def match_tensors(file: Path, arrays: Mapping[str, np.ndarray], shapes: Shapes, 
     if orphaned:
         raise UserError(f"{file} has {ours.format_names(orphaned)} without the factors that they scale; {_FIX}")
     return TensorMatches(tensor_names, left_out)
+
+
+def _make_kind_error(file: Path, kind: str, sign: str) -> UserError:
+    """Return the error for another kind of adapter, which has a tensor or a setting, its sign."""
+    fix = "Use a LoRA, or a model into which the adapter is merged"
+    return UserError(f"{file} is a {kind} adapter, as it has {sign}, which is not supported. {fix}")
 
 
 def _get_part(parsed: re.Match[str]) -> ModulePart:
@@ -340,14 +346,13 @@ def load_lora(
         another shape), or is of an unsupported kind (DoRA, LoKr, LoHa …).
     """
     file = _find_file(Path(path))
-    arrays, shapes = ours.load(file, dtype=None), _get_shapes(params)
+    settings, arrays, shapes = _read_settings(file), ours.load(file, dtype=None), _get_shapes(params)
     matches, left_out = match_tensors(file, arrays, shapes, modules)
     if left_out := [name for name in left_out if arrays[name].any()]:
         names = ours.format_names(left_out)
         warnings.warn(
             f"{file}: {len(left_out)} tensors are left out, as they change what this model lacks: {names}", stacklevel=2
         )
-    settings = _read_settings(file)
     factors: dict[str, list[_ModuleFactors]] = collections.defaultdict(list)
     leaves: dict[str, np.ndarray] = {}
     for name, tensors in matches.items():
@@ -375,8 +380,8 @@ def check_lora(path: str | os.PathLike, params: Mapping[str, Any], modules: Lora
     file = _find_file(Path(path))
     # Only shapes are compared, and a zero that is broadcast to a shape takes no memory.
     arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in ours.load_shapes(file).items()}
-    match_tensors(file, arrays, _get_shapes(params), modules)
     _read_settings(file)
+    match_tensors(file, arrays, _get_shapes(params), modules)
 
 
 def is_lora_file(path: Path) -> bool:
@@ -514,7 +519,11 @@ def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _read_settings(file: Path) -> _ScaleSettings:
-    """Read the scales from the header, or from the config next to the file."""
+    """Read the scales from the header, or from the config next to the file.
+
+    Raises:
+      UserError: If they are no JSON object, or those of another kind of adapter.
+    """
     text = ours.load_metadata(file).get(_METADATA_KEY)
     try:
         config = {} if text is None else json.loads(text)
@@ -526,7 +535,9 @@ def _read_settings(file: Path) -> _ScaleSettings:
     if not config and file.name == _FILES[0] and (file.parent / "adapter_config.json").is_file():
         config = read_json(file.parent / "adapter_config.json")
     if config.get("use_dora"):
-        raise UserError(f"{file} is a DoRA adapter, which is not supported. Use a LoRA")
+        raise _make_kind_error(file, "DoRA", "use_dora")
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise _make_kind_error(file, kind, f"peft_type={kind}")
     return _ScaleSettings(config.get("lora_alpha"), config.get("alpha_pattern") or {}, bool(config.get("use_rslora")))
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.core.offload import Stages, is_in_host_memory
 from dit_video.core.trees import flatten
 from dit_video.families.denoisers import get_lora_modules
-from dit_video.sampling.adapters import check_adapter
+from dit_video.sampling.adapters import AdapterFile, check_adapter
 from dit_video.weights import save
 from support.compilations import count_compilations
 from support.device_memory import count_bytes
@@ -223,3 +223,23 @@ def test_a_saved_pipeline_has_its_attached_adapters_in_its_weights(pipeline, fil
 @pytest.mark.slow
 def test_eight_devices_share_an_adapter_and_merge_it_in_place():
     check_on_eight_devices("lora_on_eight_devices.py")
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "message"),
+    [
+        (
+            "@1@low",
+            UserError,
+            r"style.safetensors@1@low is invalid: .*@low_noise. Use .*style.safetensors@0.8 or .*@low_n",
+        ),
+        ("@strong", UserError, r"@strong is invalid: the file may be followed by @SCALE"),
+        (".bak@1", MissingError, r"no such file: .*style.safetensors.bak of --lora .* FILE@SCALE@EXPERT"),
+    ],
+)
+def test_options_of_adapters_name_the_scale_and_the_expert_after_the_file(tmp_path, end, error, message):
+    file = tmp_path / "style.safetensors"
+    file.touch()
+    assert AdapterFile.parse(f"{file}@.5@low_noise") == (file, 0.5, "low_noise")
+    with pytest.raises(error, match=message):
+        AdapterFile.parse(f"{file}{end}")

@@ -257,6 +257,7 @@ def test_a_clip_larger_than_a_row_is_made_too(pipeline):
         ((5, 16), "three whole numbers"),
         ((5.0, 16, 16), "three whole numbers"),
         (("5", "16", "16"), "three whole numbers"),
+        ((True, 16, 16), "three whole numbers"),
     ],
 )
 def test_a_size_that_cannot_be_made_names_the_nearest(pipeline, size, message):
@@ -292,6 +293,21 @@ def test_a_size_that_cannot_be_made_names_the_nearest(pipeline, size, message):
         ({"reference_images": BLACK[0]}, r"reference_images is invalid: .* Use \[image\]"),
         ({"strengths": [1]}, r"strengths=\[1\] is invalid: it must be a mapping of names"),
         ({"conditioning": 3}, "conditioning=3 is invalid: it must be a mapping of names"),
+        ({"solver": 3}, "solver=3 is invalid: it must be the name of one, or a Solver"),
+        ({"shift": "2"}, "shift='2' is invalid: it must be a number"),
+        ({"times": "x"}, "times='x' is invalid: it must be a list of numbers"),
+        ({"image": 3}, "image is invalid: a int is no picture"),
+        ({"last_image": [BLACK]}, "last_image is invalid: a list is no picture"),
+        ({"control": 3}, "control is invalid: a int is no picture"),
+        ({"generated": 3, "video": BLACK}, r"generated of int64 \[\] is invalid: it must be boolean"),
+        ({"method": None}, "method=None is invalid: it must be a text. Use 'auto', 'trained' or 'training_free'"),
+        ({"method": "x"}, "method='x' is invalid. Use auto, trained or training_free"),
+        ({"noise": "x"}, r"noise='x' is invalid: it must be an array \[t h w c\] of real numbers.* Use None"),
+        ({"noise": np.zeros((2, 2, 2, 4), bool)}, r"noise of bool \[2, 2, 2, 4\] is invalid: it must be an array"),
+        ({"conditioner": "x"}, "conditioner='x' is invalid: it must be a Conditioner. Use None for the model's own"),
+        ({"previous": [1]}, r"previous=\[1\] is invalid: it must be a mapping of previous steps .* Use \{'prior'"),
+        ({"previous": {"prior": 3}}, r"previous=\{'prior': 3\} is invalid: it must be a mapping"),
+        ({"callback": "x"}, "callback='x' is invalid: it must be a function. Use print"),
         ({"sampling": {"steps": 2}}, r"sampling={'steps': 2} is invalid: it must be a Sampling. Use steps="),
         ({"seed": -1}, "is invalid: a seed is a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "is invalid: a seed is a whole number from 0 to 4294967295"),
@@ -319,6 +335,12 @@ def test_numbers_of_numpy_are_those_of_python(pipeline):
 def test_prompts_are_no_requests(pipeline, name, requests):
     with pytest.raises(UserError, match=r"requests are invalid: .* Use \[Request\("):
         getattr(pipeline, name)(requests)
+
+
+@pytest.mark.wrong_types
+def test_a_mapping_is_no_sampling_of_requests(pipeline):
+    with pytest.raises(UserError, match=r"sampling=\{'steps': 2\} is invalid: it must be a Sampling"):
+        pipeline.generate_many([Request(PROMPT, SMALL)], sampling={"steps": 2})
 
 
 def test_guiding_a_model_trained_without_caption_dropout_warns(pipeline):

@@ -32,9 +32,9 @@ def test_seed_and_negative_prompt_may_be_absent(tmp_path):
     ("content", "message"),
     [
         ("[", "is not valid JSON"),
-        ("[]", "holds no prompts: it must be .* a JSON list"),
-        (json.dumps(GOOD), "a JSON list of objects"),
-        (json.dumps([GOOD, "a red circle"]), "a JSON list of objects"),
+        ("[]", r"holds no prompts: .*\.csv.* column prompt; .* Use \[\"a red circle\"\]"),
+        (json.dumps(GOOD), "holds no prompts: a list of prompts is"),
+        (json.dumps([GOOD, 3]), "holds no prompts: a list of prompts is"),
         (json.dumps([GOOD | {"frames": "1"}]), "entry 0: frames must be a whole number, not '1'"),
         (json.dumps([GOOD | {"height": 16.5}]), "entry 0: height must be a whole number, not 16.5"),
         (json.dumps([GOOD | {"seed": True}]), "entry 0: seed must be a whole number"),
@@ -58,17 +58,47 @@ def test_invalid_lists_of_prompts_are_refused(tmp_path, content, message):
             read_entries(tmp_path / absent)
 
 
-def test_lists_of_windows_are_read_or_named(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffa red circle\r\n\r\na blue square\r\n".encode())
-    assert [entry.prompt for entry in read_entries(path)] == ["a red circle", "a blue square"]
-    for content, message in (
-        ("a red circle".encode("utf-16"), "is not UTF-8 .* Save it as UTF-8"),
-        (b"", "a prompt on each line"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            read_entries(path)
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "mark"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.txt", "a red circle\r\n\r\na blue square, moving\r\n"),
+        ("list.json", '["a red circle", {"prompt": "a blue square, moving"}]'),
+        ("list", '["a red circle", "a blue square, moving"]'),
+        ("list.jsonl", '"a red circle"\r\n\n{"prompt": "a blue square, moving"}\n'),
+        ("list.csv", 'prompt,negative,seed\r\na red circle,,0\r\n"a blue square, moving",,\r\n'),
+    ],
+)
+def test_prompts_are_texts_or_objects_in_files_of_several_kinds(tmp_path, name, content, mark):
+    """Those of Windows begin with a mark."""
+    (tmp_path / name).write_bytes(f"{mark}{content}".encode())
+    assert read_entries(tmp_path / name) == [Request("a red circle"), Request("a blue square, moving")]
+
+
+def test_cells_of_a_table_are_texts_and_numbers(tmp_path):
+    Clip(np.zeros((5, 8, 8, 3), np.uint8), 8).save(tmp_path / "1.apng")
+    rows = "task,prompt,negative,seed,clip,frames,before\nextend,7,3,5,1.apng,4,true\n"
+    (tmp_path / "list.csv").write_text(rows)
+    ((task, options),) = read_entries(tmp_path / "list.csv")
+    assert (task.prompt, task.frames, task.before, len(task.clip)) == ("7", 4, True, 5)
+    assert (options.seed, options.negative) == (5, "3")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.txt", "a red circle".encode("utf-16"), "is not UTF-8 .* Save it as UTF-8"),
+        ("list.txt", b"", "holds no prompts: .* a prompt on each line"),
+        ("list.csv", b"prompt\na cat, asleep\n", "entry 0: it has more cells .* commas into double quotes"),
+        ("list.csv", b"prompt;seed\na cat;3\n", "there is no column prompt, but prompt;seed: .* Use .*a red circle"),
+        ("list.jsonl", b'"a cat"\na dog\n', "list.jsonl, line 2 is not valid JSON"),
+        ("list.yaml", b"- a cat\n", r"list.yaml is invalid: .*\.txt.* Use \[\"a red circle\"\]"),
+    ],
+)
+def test_files_of_other_content_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_entries(tmp_path / name)
 
 
 @pytest.fixture

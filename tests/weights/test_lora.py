@@ -151,6 +151,10 @@ def test_two_adapters_in_one_file_are_refused(tmp_path):
         ("lycoris_blocks_0_attn_to_q.lokr_w2_a", "LoKr"),
         ("lycoris_blocks_0_attn_to_q.hada_w1_a", "LoHa"),
         ("lora_unet_blocks_0_attn_to_q.lora_mid.weight", "LoCon"),
+        ("base_model.model.blocks.0.attn.to_q.vera_lambda_b", "VeRA"),
+        ("base_model.vera_A", "VeRA"),
+        ("base_model.model.blocks.0.attn.to_q.lora_E", "AdaLoRA"),
+        ("base_model.model.blocks.0.attn.to_q.boft_R", "BOFT"),
         ("transformer.blocks.0.attn.to_q.oft_R.default.weight", "OFT"),
         ("lora_unet_blocks_0_attn_to_q.oft_blocks", "OFT"),
         ("transformer.blocks.0.attn.to_q.ia3_l.default", "IA3"),
@@ -246,6 +250,11 @@ def test_a_peft_folder_is_read_with_its_alpha_settings(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "use_dora": True}))
     with pytest.raises(UserError, match="is a DoRA adapter"):
         load_lora(tmp_path, PARAMS, MODULES)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "peft_type": "VERA"}))
+    save(tmp_path / "adapter_model.safetensors", {"base_model.x": np.ones(4, np.float32)})
+    for read in (load_lora, check_lora):
+        with pytest.raises(UserError, match=r"is a VERA adapter, as it has peft_type=VERA, .* Use a LoRA"):
+            read(tmp_path, PARAMS, MODULES)
 
 
 EMBED = "transformer.patch_embedding.lora_"

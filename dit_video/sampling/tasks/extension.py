@@ -1,5 +1,6 @@
 """New frames after a clip, before it, between two clips, and between the frames of one."""
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -81,17 +82,20 @@ class Blend(Task):
 
     @classmethod
     def suggest(cls, config: PipelineConfig) -> Mapping[str, Any]:
-        """Return a number of frames that fits the stride."""
-        return {"frames": 2 * config.model.autoencoder.stride.t}
+        """Return a number of frames that fits the stride, with as many known frames of both clips."""
+        return {"frames": 2 * config.model.autoencoder.stride.t - 1}
 
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request of the end of the first clip, the transition and the beginning of the second."""
         _check_equal_sizes(self.first, self.second)
         stride = config.model.autoencoder.stride.t
-        pair = self._choose_overlaps(lambda length: (length - 1) % stride == 0)
+        choose = functools.partial(self._choose_overlaps, is_fitting=lambda length: (length - 1) % stride == 0)
+        pair = choose(self.frames)
         if pair is None:
             rule = f"with the known frames of both clips it cannot be 1 + {stride}k"
-            raise UserError(f"frames={self.frames} is invalid: {rule}. Use a larger overlap, or another number")
+            near = (self.frames + sign * step for step in range(1, stride) for sign in (-1, 1))
+            fitting = sorted([count for count in near if count > 0 and choose(count) is not None][:2])
+            raise UserError(f"frames={self.frames} is invalid: {rule}. Use {' or '.join(map(str, fitting))}")
         first, second = pair
         size = get_size(self.first)._replace(t=first + self.frames + second)
         conditions = (
@@ -102,17 +106,17 @@ class Blend(Task):
 
     def finish(self, sampled: Clip) -> Clip:
         """Return both clips with the transition between them."""
-        pair = self._choose_overlaps(lambda length: length == len(sampled.frames))
+        pair = self._choose_overlaps(self.frames, lambda length: length == len(sampled.frames))
         assert pair is not None
         new = sampled.frames[pair[0] : pair[0] + self.frames]
         frames = np.concatenate([self.first.frames, new, self.second.frames])
         return replace(sampled, frames=frames, fps=self.first.fps)
 
-    def _choose_overlaps(self, is_fitting: Callable[[int], bool]) -> tuple[int, int] | None:
+    def _choose_overlaps(self, frames: int, is_fitting: Callable[[int], bool]) -> tuple[int, int] | None:
         """Return the number of known frames of each clip, as equal as a number of all frames that fits allows."""
         limit = _MAX_OVERLAP if self.overlap is None else self.overlap
         counts = [range(1, min(limit, len(clip.frames)) + 1) for clip in (self.first, self.second)]
-        pairs = [pair for pair in itertools.product(counts[0], counts[1]) if is_fitting(sum(pair) + self.frames)]
+        pairs = [pair for pair in itertools.product(counts[0], counts[1]) if is_fitting(sum(pair) + frames)]
         return max(pairs, key=lambda pair: (min(pair), -max(pair)), default=None)
 
 

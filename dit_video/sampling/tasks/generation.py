@@ -113,9 +113,12 @@ class SeamlessLoop(Conditioner):
         """Return the plan of a request.
 
         Raises:
-          UserError: If the request has pictures, or too few frames for a loop.
+          UserError: If the request has pictures, or too few frames for a loop, or the model always needs an image.
         """
         request.check_pictures(())
+        if model.frame_conditioning is not None and model.frame_conditioning.is_required:
+            rule = "this model animates an image, and a loop is made from a prompt alone"
+            raise UserError(f"a loop is invalid: {rule}. Use a model of text to video")
         stride = model.codec.config.stride.t
         if request.grid.t < 1 + 2 * stride:
             fix = f"Use at least {1 + 2 * stride}"

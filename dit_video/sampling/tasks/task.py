@@ -75,7 +75,11 @@ class Task:
             value = getattr(self, field.name)
             if field.kind not in ("clip", "image", "mask") or value is None:
                 continue
-            clip: Clip = getattr(self, "clip" if field.kind == "mask" else field.name)
+            clip: Clip | None = value
+            if field.kind == "mask":  # of the clip, or of the video of `Generate`, whose request is refused without one
+                clip = getattr(self, "clip", None) or getattr(self, "video", None)
+            if clip is None:
+                continue
             old = get_size(clip)
             steps = Grid(*(max(1, length // step) * step for length, step in zip(old, multiple, strict=True)))
             lengths = steps._replace(t=1 + (old.t - 1) // multiple.t * multiple.t)._asdict()

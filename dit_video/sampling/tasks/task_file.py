@@ -1,13 +1,17 @@
-"""Lists of requests and tasks in JSON files, with pictures in files beside them."""
+"""Lists of requests and tasks in JSON files and others, with pictures in files beside them."""
 
+import contextlib
+import csv
 import difflib
+import io
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
-from dit_video.core.files import read_json, read_text
+from dit_video.core.files import parse_json, read_json, read_text
 from dit_video.core.grid import Grid
 from dit_video.core.registry import load_entry_points
 from dit_video.sampling.expansion import ExpandedPrompt, PromptExpander
@@ -30,6 +34,12 @@ from dit_video.sampling.tasks.task import add_options
 
 _OPTIONS = ("seed", "negative", "conditions", "control", "reference_images", "method", "resample", "strengths")
 """Values of a request that a task's entry may have, too; see `add_options`."""
+_TEXTS = ("prompt", "negative", "source")
+"""Values that are texts even if they look like numbers."""
+_FORMS = (
+    "a list of prompts is a text (.txt) with a prompt on each line; a table (.csv) with a column prompt; or JSON, "
+    'a list (.json) or line by line (.jsonl), of prompts and objects with a prompt or a task. Use ["a red circle"]'
+)
 
 
 class TaskEntry(NamedTuple):
@@ -74,10 +84,11 @@ def get_entry_prompt(entry: Request | TaskEntry, request: Request | None) -> str
 def read_entries(
     path: str | Path, *, size: Grid | None = None, seed: int | None = None, negative: str | None = None
 ) -> list[Request | TaskEntry]:
-    """Read requests and tasks from a JSON list of objects, or requests from a text file with a prompt on each line.
+    """Read requests and tasks from a list of texts and objects: `.json`, `.jsonl`, `.csv` with a header, or `.txt`.
 
-    An object with a `task` is read by `read_task`, any other by `read_request`. Files are relative to the list's
-    folder. Lists that `write_request` and `write_task` made are read, too; what they say of samples has no effect.
+    A text is a prompt. An object with a `task` is read by `read_task`, any other by `read_request`. Files are relative
+    to the list's folder. Lists that `write_request` and `write_task` made are read, too; what they say of samples has
+    no effect.
 
     Args:
       path: The file.
@@ -90,15 +101,11 @@ def read_entries(
       DecodeError: If the file of a picture is damaged.
       UserError: If the file is not such a list, or an object of it is refused.
     """
-    path = Path(path)
-    entries: Any
-    if path.suffix.lower() == ".txt":
-        entries = [{"prompt": line.strip()} for line in read_text(path).splitlines() if line.strip()]
-    else:
-        entries = read_json(path)
+    path, entries = Path(path), _read_list(Path(path))
+    if isinstance(entries, list):
+        entries = [{"prompt": entry} if isinstance(entry, str) else entry for entry in entries]
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        rule = "it must be a text (.txt) with a prompt on each line, or a JSON list of objects with a prompt or a task"
-        raise UserError(f"{path} holds no prompts: {rule}")
+        raise UserError(f"{path} holds no prompts: {_FORMS}")
     read = []
     for number, entry in enumerate(entries):
         common: dict[str, Any] = {} if negative is None else {"negative": negative}
@@ -108,6 +115,44 @@ def read_entries(
         read_entry = read_task if "task" in entry else read_request
         read.append(read_entry({**common, **entry}, path.parent, where=f"{path}, entry {number}: "))
     return read
+
+
+def _read_list(path: Path) -> Any:
+    """Return the value in the file of a list, which is perhaps none.
+
+    Raises:
+      MissingError: If there is no file at `path`.
+      UserError: If it has another suffix, or its content is not of that kind.
+    """
+    match path.suffix.lower():
+        case ".txt":
+            return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        case ".jsonl":
+            lines = enumerate(read_text(path).split("\n"), 1)  # a text of JSON may hold other ends of lines
+            return [parse_json(line.encode(), f"{path}, line {number}") for number, line in lines if line.strip()]
+        case ".csv":
+            rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+            return [_read_row(row, f"{path}, entry {number}: ") for number, row in enumerate(rows)]
+        case ".json" | "":
+            return read_json(path)
+    raise UserError(f"{path} is invalid: {_FORMS}")
+
+
+def _read_row(row: dict[Any, Any], where: str) -> dict[str, Any]:
+    """Return the object of a table's row: cells of prompts are texts, others JSON or texts, and empty ones are absent.
+
+    Raises:
+      UserError: If the row has more cells than the header, or neither a prompt nor a task; `where` begins the message.
+    """
+    if None in row:
+        raise UserError(f"{where}it has more cells than the header. Put a prompt with commas into double quotes.")
+    if not {"prompt", "task"} & row.keys():
+        raise UserError(f"{where}there is no column prompt, but {', '.join(row)}: {_FORMS}")
+    values = {name: cell for name, cell in row.items() if cell}
+    for name, cell in values.items():
+        with contextlib.suppress(json.JSONDecodeError):
+            values[name] = cell if name in _TEXTS else json.loads(cell)
+    return values
 
 
 def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> TaskEntry:

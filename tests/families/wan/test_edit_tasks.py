@@ -12,6 +12,7 @@ from dit_video.core.rng import make_generator
 from dit_video.sampling.edit_paths import EditPaths
 from dit_video.sampling.packing import PlannedBatch
 from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.preparation import check_requests
 from dit_video.sampling.request import Condition, Request
 from dit_video.sampling.tasks import DescribedEdit, Edit, Extend, Generate, Inpaint, Interpolate, Loop
 from dit_video.sampling.tasks.generation import SeamlessLoop
@@ -207,16 +208,27 @@ def test_a_loop_begins_where_it_ends(pipeline):
 # Methods.
 
 
-@pytest.mark.parametrize("task", ["extension backwards", "loop", "inpainting", "editing"])
-def test_a_model_that_needs_an_image_says_so(animating, task):
-    tasks = {
-        "extension backwards": Extend(CLIP, PROMPT, frames=4, before=True),
-        "loop": Loop(PROMPT, size=(8, 16, 16)),
-        "inpainting": Inpaint(CLIP, np.eye(16) > 0, PROMPT),
-        "editing": Edit(CLIP, PROMPT),
-    }
-    with pytest.raises(UserError, match="this model needs an image; give image="):
-        animating.run(tasks[task], **OPTIONS)
+@pytest.mark.filterwarnings("ignore:.*kept without training")
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        (Extend(CLIP, PROMPT, frames=4, before=True), {"conditions": [Condition(content=FRAMES[0])]}),
+        (Edit(CLIP, PROMPT), {"conditions": [Condition(content=FRAMES[0])]}),
+        (Inpaint(CLIP, np.eye(16) > 0, PROMPT), {"generated": np.arange(9) > 0}),
+    ],
+    ids=["extension backwards", "editing", "inpainting"],
+)
+def test_a_model_that_needs_an_image_says_so(animating, task, options):
+    """What the error names is planned."""
+    config, request = animating.config, task.make_request(animating.config)
+    with pytest.raises(UserError, match=r"this model needs an image; give image=, .* \(of a task conditions=.*a mask"):
+        animating.run(task, **OPTIONS)
+    check_requests(config, [replace(request, **options)], config.sampling)
+
+
+def test_a_model_that_needs_an_image_makes_no_loop(animating):
+    with pytest.raises(UserError, match="a loop is invalid: this model animates an image"):
+        animating.run(Loop(PROMPT, size=(8, 16, 16)), **OPTIONS)
 
 
 @each(UNTRAINED)

@@ -115,6 +115,14 @@ def test_inpainting_generates_where_the_mask_is_true_and_keeps_the_rest(shape):
     np.testing.assert_array_equal(known.frames[known.is_known], clip.frames[known.is_known])
 
 
+def test_the_mask_of_a_generated_video_is_fitted_with_it():
+    clip, generated = make_clip(7, height=20), np.indices((20, 32))[0] > 9
+    task = Generate("", video=clip, generated=generated).fit(CONFIG)
+    assert task.video.frames.shape[:3] == (7, 16, 32)
+    np.testing.assert_array_equal(task.generated, np.broadcast_to(generated[2:18], (7, 16, 32)))
+    assert Generate("", generated=generated).fit(CONFIG).generated is generated
+
+
 def test_outpainting_keeps_the_middle():
     clip = make_clip(5)
     request = Outpaint(clip=clip, size=(32, 48)).make_request(CONFIG)
@@ -165,7 +173,8 @@ def test_edits_start_from_the_clip():
         ),
         (lambda: Blend(first=make_clip(9), second=make_clip(9, fps=4.0), frames=7), "different frame rates"),
         (lambda: Blend(first=make_clip(9), second=make_clip(9), frames=0), "frames=0 is invalid"),
-        (lambda: Blend(first=make_clip(1), second=make_clip(1), frames=4), "frames=4 is invalid: with the known"),
+        (lambda: Blend(first=make_clip(1), second=make_clip(1), frames=4), "frames=4 is invalid: with .* Use 3 or 7"),
+        (lambda: Blend(make_clip(9), make_clip(9), frames=1, overlap=1), "frames=1 is invalid: with .* Use 3$"),
         (lambda: Interpolate(clip=make_clip(5)), "use exactly one of them"),
         (lambda: Interpolate(clip=make_clip(5), factor=1), "factor=1 is invalid"),
         (lambda: Interpolate(clip=make_clip(1), factor=2), "a clip of one frame is invalid"),
