@@ -1,4 +1,4 @@
-"""Facts about a file that ffmpeg does not check or tell: claims of mp4 tables, cropping, files that end early."""
+"""Facts about a file that ffmpeg does not check or tell: claims of mp4 tables, cropping, and parts that are missing."""
 
 import io
 import struct
@@ -6,14 +6,22 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
+
 from dit_video.core.errors import DecodeError
 
-File = io.BytesIO | io.FileIO
+File = io.BytesIO | io.FileIO | io.BufferedReader
 _MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 """Kinds of the first box of mp4 and mov files."""
 _MATROSKA_START = b"\x1a\x45\xdf\xa3"
 _SEGMENT = b"\x18\x53\x80\x67"
 """ID of the element of Matroska that holds all others."""
+_CLUSTER = b"\x1f\x43\xb6\x75"
+"""ID of the element of Matroska that holds packets."""
+_TRANSPORT_SIZES = (188, 192, 204)
+"""Sizes of a packet of MPEG-TS: as such, with a time before it (.m2ts), and with a checksum after it."""
+_SYNC = 0x47
+"""First byte of a packet of MPEG-TS."""
 _ENDLESS = 1 << 62
 """End of an element whose size is unknown."""
 _MAX_BOXES = 100_000
@@ -77,6 +85,33 @@ def check_is_whole(file: File, name: str) -> None:
     file.seek(0)
     if stop > length:
         raise DecodeError(f"{name} is cut short: it has {length} of {stop} bytes; copy it again, or remove it")
+
+
+def check_is_gapless(file: File, format: str, stream: int, name: str) -> None:
+    """Raise `DecodeError` if a part of the packets of an MPEG-TS, Matroska, FLV or AVI file is overwritten or lost.
+
+    ffmpeg looks for the next packet that it can read and sets no flag, and decoders show something in place of the
+    frames that are missing. Where one packet leads to the next, zeros in its place are damage; any other oddity may be
+    some writer's. The whole file is read, as far as packets lead.
+
+    Args:
+      file: The file.
+      format: ffmpeg's name of the format.
+      stream: Number that the format gives the video stream.
+      name: Name of the file, for the message.
+    """
+    file.seek(0)
+    gap = None
+    if format == "mpegts":
+        gap = _find_transport_gap(file, stream)
+    elif format.startswith("matroska"):
+        gap = _find_zeros(file, 0, 12, _skip_element)
+    elif format == "flv":
+        gap = _find_zeros(file, int.from_bytes(file.read(9)[5:], "big") + 4, 11, _skip_tag)
+    elif format == "avi":
+        gap = _find_zeros(file, 0, 8, _skip_chunk)
+    if gap is not None:
+        raise DecodeError(f"{name} is damaged: packets are missing at byte {gap}; copy it again, or remove it")
 
 
 def read_crops(file: File) -> list[Crop]:
@@ -190,6 +225,75 @@ def _read_numbers(file: File, outer: _Box) -> dict[bytes, int]:
 def _read_content(file: File, box: _Box, count: int) -> bytes:
     file.seek(box.start)
     return file.read(min(count, box.stop - box.start))
+
+
+def _find_zeros(file: File, offset: int, size: int, skip: Callable[[bytes, int], int]) -> int | None:
+    """Return the offset of the first header that is zero, in a chain of headers of so many bytes.
+
+    Args:
+      file: The file.
+      offset: Offset of the first header.
+      size: Bytes of a header.
+      skip: Function that returns, for a header and its offset, the next one's offset; 0 for a header of no known kind.
+    """
+    while True:
+        file.seek(offset)
+        header = file.read(size)
+        if len(header) < size:
+            return None
+        if not any(header):
+            return offset
+        if (offset := skip(header, offset)) == 0:
+            return None
+
+
+def _skip_element(header: bytes, offset: int) -> int:
+    element = next(_read_elements(io.BytesIO(header), _Box(b"", 0, _ENDLESS)), None)
+    if element is None:
+        return 0
+    return offset + (element.start if element.kind in (_SEGMENT, _CLUSTER) else element.stop)
+
+
+def _skip_tag(header: bytes, offset: int) -> int:
+    """Skip a tag of FLV (Video File Format Specification, annex E): sound, pictures, or properties."""
+    return offset + 15 + int.from_bytes(header[1:4], "big") if header[0] & 0x1F in (8, 9, 18) else 0
+
+
+def _skip_chunk(header: bytes, offset: int) -> int:
+    """Skip a chunk of AVI, or go into a list of them."""
+    size = int.from_bytes(header[4:], "little")
+    if not header[:4].strip().isalnum():
+        return 0
+    return offset + (12 if header[:4] in (b"RIFF", b"LIST") else 8 + size + size % 2)
+
+
+def _find_transport_gap(file: File, stream: int) -> int | None:
+    """Return the offset of the first packet of MPEG-TS without its first byte, or after a lost one of this stream.
+
+    Packets of a stream are counted (ISO/IEC 13818-1, 2.4.3.3). The count may begin anew at a key frame: files of
+    MPEG-TS are joined by appending one to the other.
+    """
+    head = np.frombuffer(file.read(5 * max(_TRANSPORT_SIZES)), np.uint8)
+    places = [(size, first) for size in _TRANSPORT_SIZES for first in range(size)]
+    size, first = next((place for place in places if (head[place[1] :: place[0]] == _SYNC).all()), (0, 0))
+    if not size or len(head) < size:
+        return None
+    file.seek(first)
+    parts = []
+    while len(part := file.read(size << 12)) >= size:
+        parts.append(np.frombuffer(part, np.uint8, len(part) // size * size).reshape(-1, size)[:, :6].copy())
+    headers = np.concatenate(parts)
+    high, low = divmod(stream, 256)
+    numbers = np.flatnonzero((headers[:, 1] & 0x1F == high) & (headers[:, 2] == low))
+    own = headers[numbers]
+    has_fields = (own[:, 3] & 0x20 > 0) & (own[:, 4] > 0)
+    fields = np.where(has_fields, own[:, 5], 0)  # 0x80: the count is discontinuous; 0x40: a key frame
+    is_start = (own[:, 1] & 0x40 > 0) & (fields & 0x40 > 0) | (fields & 0x80 > 0)
+    steps = (own[1:, 3] - own[:-1, 3]) & 0xF
+    # A packet without payload does not count, and one may be there twice.
+    is_lost = (steps != (own[1:, 3] >> 4 & 1)) & (steps != 0) & ~is_start[1:]
+    lost = [*np.flatnonzero(headers[:, 0] != _SYNC)[:1], *numbers[1:][is_lost][:1]]
+    return first + int(min(lost)) * size if lost else None
 
 
 def is_whole_gif_packet(content: bytes) -> bool:

@@ -23,7 +23,14 @@ from PIL import Image, ImageOps
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.video.colours import TRANSFERS, convert_to_srgb
-from dit_video.video.containers import Crop, check_is_whole, check_mp4_header, is_whole_gif_packet, read_crops
+from dit_video.video.containers import (
+    Crop,
+    check_is_gapless,
+    check_is_whole,
+    check_mp4_header,
+    is_whole_gif_packet,
+    read_crops,
+)
 from dit_video.video.webp import AnimatedWebp, is_animated_webp
 
 MAX_PIXELS = int(os.environ.get("DIT_VIDEO_MAX_PIXELS", 1 << 26))
@@ -299,6 +306,17 @@ class Video(contextlib.AbstractContextManager["Video"]):
             previous = TimedFrame(time, float((frame.duration or 0) * base), frame)
             self._check_time(time + previous.duration, time)
             yield previous
+        if not seeks and self._pictures is None:
+            self._check_gaps()
+
+    def _check_gaps(self) -> None:
+        """Raise `DecodeError` if ffmpeg has left out a part of the file without a word."""
+        format = self._container.format.name
+        if "mov" in format and not all(entry.size for entry in self._stream.index_entries):
+            raise DecodeError(f"{self.name} is damaged: its table has empty frames; remove it or replace it")
+        file = io.BytesIO(self._source) if isinstance(self._source, bytes) else self._source.open("rb")
+        with wrap_decode_errors(self.name, self._error_location), file:
+            check_is_gapless(file, format, self._stream.id, self.name)
 
     def _check_time(self, time: float, previous: float) -> float:
         if not previous - _SEEK_MARGIN <= time <= previous + MAX_FRAME_SECONDS:

@@ -1,5 +1,6 @@
 """Conversion of decoded frames to upright pictures in square pixels and full-range RGB of BT.709."""
 
+import math
 from fractions import Fraction
 from typing import NamedTuple, cast
 
@@ -33,6 +34,8 @@ _UNSUPPORTED = {
     **{15: "IPT-C2", 16: "YCgCo-Re", 17: "YCgCo-Ro"},
 }
 """Names of matrix coefficients that ffmpeg's scaler does not support either."""
+_MAX_TILT = math.tan(math.radians(1))
+"""Tangent of the angle that is left out, as ffmpeg does: matrices are rounded."""
 _UNNAMED_SIDE_DATA = sorted(set(range(64)) - {kind.value for kind in Type})
 """Numbers of side data that PyAV has no name for."""
 
@@ -45,16 +48,27 @@ class Orientation(NamedTuple):
     flip_columns: bool
 
 
-def read_orientation(frame: av.VideoFrame) -> Orientation:
-    """Return the orientation of a frame.
+def read_orientation(frame: av.VideoFrame, name: str = "the video") -> Orientation:
+    """Return the orientation of a frame of the file `name`.
 
     The display matrix of ISO/IEC 14496-12 maps a stored point (x, y) to (a x + c y, b x + d y), in 16.16 fixed point.
+
+    Raises:
+      DecodeError: If the picture is turned by another angle than a right one: it would have corners without pixels.
     """
     matrix = _read_side_data(frame, Type.DISPLAYMATRIX)
     if matrix is None:
         return Orientation(False, False, False)
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
     transposed = abs(int(b)) > abs(int(a))
+    # The smaller part of a side's vector divided by the larger one is the tangent of the angle that is left.
+    smaller, larger = ((a, d), (b, c)) if transposed else ((b, c), (a, d))
+    if any(abs(int(part)) > _MAX_TILT * abs(int(whole)) for part, whole in zip(smaller, larger, strict=True)):
+        angle = math.degrees(math.atan2(b, a)) % 360
+        raise DecodeError(
+            f"{name} is shown turned by {angle:.0f} degrees, with empty corners, and a clip may be by 90, 180 or 270; "
+            "encode it upright, or remove it"
+        )
     return Orientation(transposed, bool((b if transposed else d) < 0), bool((c if transposed else a) < 0))
 
 
@@ -77,10 +91,11 @@ def compute_display_size(frame: av.VideoFrame, sample_aspect: Fraction, name: st
     """Return height and width of the upright picture in square pixels; a width is `round(width * sample_aspect)`.
 
     Raises:
-      DecodeError: If the picture exceeds `MAX_PIXELS`, or ffmpeg can't read its orientation.
+      DecodeError: If the picture exceeds `MAX_PIXELS`, is turned by no right angle, or ffmpeg can't read its
+        orientation.
     """
     with wrap_decode_errors(name):
-        transposed = read_orientation(frame).transposed
+        transposed = read_orientation(frame, name).transposed
     return _compute_display_size(frame, sample_aspect, transposed, name)
 
 
@@ -124,7 +139,7 @@ class RgbConverter:
             raise make_resize_error(self._name, self._stored_size, size, time)
         self._stored_size = size
         with wrap_decode_errors(self._name, f"at {time:.2f} s"):
-            transposed, flip_rows, flip_columns = read_orientation(frame)
+            transposed, flip_rows, flip_columns = read_orientation(frame, self._name)
             display_size = _compute_display_size(frame, self._aspect, transposed, self._name)
             height, width = self._size or display_size
             picture = self._convert_stored(frame, *((width, height) if transposed else (height, width)))

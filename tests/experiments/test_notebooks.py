@@ -10,6 +10,7 @@ import pytest
 import dit_video
 from dit_video.scenes.shape_metrics import judge
 from dit_video.training.hooks.logging import read_metrics
+from dit_video.video import Clip
 from support.quick_compilation import OPTIMIZED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,6 +193,23 @@ def test_the_notebook_of_own_clips_trains_from_a_folder_to_samples_and_is_interr
     clip = dit_video.load(tmp_path / "model").generate(result["captions"][0], size=(9, 32, 32), steps=1)
     assert clip.frames.shape == (9, 32, 32, 3)
     assert (tmp_path / "sample.mp4").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_notebook_of_own_clips_runs_with_a_folder_of_clips_and_files_of_captions(tmp_path, monkeypatch):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 255, (24, 48, 80, 3), np.uint8)
+        Clip(frames=pixels, fps=12).save(clips / f"{number}.mp4")
+        (clips / f"{number}.txt").write_text(f"noise of number {number}", encoding="utf-8")
+    questions = {"usable": "report.usable", "captions": "[clip.caption for clip in results]"}
+    environment = {"DIT_VIDEO_CLIPS": clips, "DIT_VIDEO_WORKDIR": tmp_path / "work", **BRIEF}
+    notebook, result = evaluate_notebook("train_your_own", monkeypatch, questions, **environment)
+    counts = {name: page.count("<video") for name, page in get_html_outputs(notebook).items() if "<video" in page}
+    assert counts == {"look": 6, "reconstruct": 2, "samples": 1, "prompts": 2}
+    assert result == {"usable": 6, "captions": ["noise of number 0"] * 2}
+    assert {path.name for path in clips.iterdir()} == {f"{n}.{suffix}" for n in range(6) for suffix in ("mp4", "txt")}
 
 
 @pytest.mark.nightly

@@ -280,6 +280,44 @@ CONTAINERS = {
 }
 
 
+TRANSPORT = {"format": "mpegts", "rate": 25}
+OVERWRITTEN = {
+    "h264.ts": X264 | TRANSPORT,
+    "h264.m2ts": X264 | TRANSPORT | {"container_options": {"mpegts_m2ts_mode": "1"}},
+    "mpeg2.ts": TRANSPORT | {"codec": "mpeg2video", "pixel_format": "yuv420p"},
+    "ffv1.mkv": {"codec": "ffv1", "pixel_format": "yuv420p", "format": "matroska"},
+    "flv1.flv": {"codec": "flv", "pixel_format": "yuv420p", "format": "flv"},
+    "mjpeg.avi": {"codec": "mjpeg", "pixel_format": "yuvj420p", "format": "avi"},
+}
+
+
+@pytest.mark.parametrize("kind", OVERWRITTEN)
+def test_a_video_of_which_a_part_is_overwritten_or_lost_is_refused(write_video, textured, kind):
+    """ffmpeg goes on at the next packet that it can read, and decoders show something in place of lost frames."""
+    content = write_video(textured(30, 48, 64), **OVERWRITTEN[kind])
+    assert len(decode(content).frames) == 30
+    length = len(content) // 20
+    for start in range(6 * length, len(content) - 3 * length, length):
+        with pytest.raises(DecodeError):
+            probe(content[:start] + bytes(length) + content[start + length :])
+    if size := {"h264.ts": 188, "h264.m2ts": 192}.get(kind):
+        start = len(content) // 2 // size * size
+        with pytest.raises(DecodeError, match="packets are missing at byte"):
+            probe(content[:start] + content[start + size :])
+
+
+def test_an_mp4_with_a_table_of_empty_frames_is_refused(mp4):
+    """ffmpeg leaves them out."""
+    last = mp4.index(b"stsz") + 16 + 4 * 11
+    assert "its table has empty frames" in get_errors(mp4[:last] + bytes(4) + mp4[last + 4 :])[0]
+
+
+def test_transport_streams_that_are_joined_are_read(write_video, textured):
+    content = write_video(textured(12, 48, 64), **OVERWRITTEN["h264.ts"])
+    later = write_video(textured(12, 48, 64), first=12, **OVERWRITTEN["h264.ts"])
+    assert len(decode(content[188:] + later).frames) == 24
+
+
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_a_video_that_is_cut_short_is_refused(write_video, textured, kind, share):

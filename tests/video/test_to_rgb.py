@@ -1,6 +1,7 @@
 """Decoded pictures equal those of ffmpeg's filters scale, transpose, bwdif and premultiply."""
 
 import io
+import math
 import struct
 from fractions import Fraction
 
@@ -358,6 +359,21 @@ def write_turned(write_video, frames, degrees, aspect=Fraction(1), flip=False):
                 packet.stream = stream
                 target.mux(packet)
     return out.getvalue()
+
+
+@pytest.mark.parametrize("degrees", [30, 45, 240, 0.5, 90.5])
+def test_a_picture_that_is_turned_by_no_right_angle_is_refused(write_video, textured, degrees):
+    """It would have empty corners. Less than a degree is rounding."""
+    content = bytearray(write_turned(write_video, textured(2, 36, 48), 90))
+    start = content.index(b"tkhd") + 44
+    cosine, sine = (round(65536 * function(math.radians(degrees))) for function in (math.cos, math.sin))
+    content[start : start + 20] = struct.pack(">5i", cosine, sine, 0, -sine, cosine)
+    for read in (probe, decode):
+        if degrees % 90 < 1:
+            assert read(bytes(content)) == read(write_turned(write_video, textured(2, 36, 48), -round(degrees)))
+        else:
+            with pytest.raises(DecodeError, match=rf"turned by {degrees} degrees.* encode it upright"):
+                read(bytes(content))
 
 
 def test_a_mirrored_picture_is_flipped(write_video, textured):

@@ -134,7 +134,8 @@ class IngestFolder:
           is_fixed: True if the data set must not change.
 
         Raises:
-          UserError: If no file of the source is in a part, so it is another one; or a fixed data set would change.
+          UserError: If no part has a file of one of the source's names, so it is another source; or a fixed data set
+            would change.
         """
         times = _read_times(listing.clips)
         listing = self._find_contents(listing, times)
@@ -172,13 +173,15 @@ class IngestFolder:
             if not is_there and clip.content not in hashes.get((clip.name, clip.size), [])
         ]
         if plans and len(new) == len(listing.clips):
-            if list_parquet(self.folder / INDEX_FOLDER):
+            is_begun = bool(list_parquet(self.folder / INDEX_FOLDER))
+            if is_begun and not any(pc.any(pc.is_in(plan["name"], value_set=listed["name"])).as_py() for plan in plans):
                 raise UserError(
                     f"{self.folder} holds another data set, without any file of this source. Use another folder."
                 )
-            for path in paths:
-                path.unlink()
-            plans = paths = []
+            if not is_begun:
+                for path in paths:
+                    path.unlink()
+                plans = paths = []
         for path, plan in zip(paths, plans, strict=True):
             if (moved := _update_locations(plan, listed)) != plan:
                 write_parquet(path, moved)

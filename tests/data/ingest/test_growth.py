@@ -191,7 +191,7 @@ def pictures(tmp_path):
 
 
 def test_an_edited_file_of_the_same_name_and_size_takes_the_place_of_the_old_one(pictures, tmp_path, list_inspected):
-    """Also a second time, and as it was at first."""
+    """Also a second time, as it was at first, and with all others."""
     out = tmp_path / "out"
     ingest(pictures, out)
     original, ids = (pictures / "b.bmp").read_bytes(), []
@@ -208,6 +208,10 @@ def test_an_edited_file_of_the_same_name_and_size_takes_the_place_of_the_old_one
         assert ingest(pictures, out).reused
     assert len(set(ids)) == 4
     assert ids[0] == ids[3]
+    for number, name in enumerate(("a.bmp", "b.bmp")):  # all of them
+        repaint(pictures / name, number)
+    assert (ingest(pictures, out).usable, list_inspected()) == (2, ["a.bmp", "b.bmp"])
+    assert ClipSource(out)[0] == (pictures / "a.bmp").read_bytes()
     repaint(pictures / "a.bmp", 7)
     with pytest.raises(UserError, match=r"was made of other files than the source has now: 1 changed, such as a\.bmp"):
         ingest(pictures, out, is_fixed=True)
