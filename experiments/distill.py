@@ -1,8 +1,9 @@
 """Distill a model into a few-step student, sample it and compare it with its teacher in a report.
 
-The teacher is the folder of a run, of a pipeline, or of open weights in diffusers' layout. A run has its own clips; for
-the pipeline of rendered shapes, clips are rendered; all others need --data, as in `train.py`. The student starts from
-the teacher's weights and learns to match its guided samples without guidance:
+The teacher is the folder of a run, of a pipeline, or of open weights in diffusers' layout; or its address, or its name
+on the Hugging Face hub, as `dit_video.load` takes them. A run has its own clips; for the pipeline of rendered shapes,
+clips are rendered; all others need --data, as in `train.py`. The student starts from the teacher's weights and learns
+to match its guided samples without guidance:
 
     --method consistency    map any point of the teacher's trajectory to its end (latent consistency)
     --method dmd            match the distribution of the teacher's samples (DMD2, without its discriminator)
@@ -22,7 +23,7 @@ from dit_video.core.platform.scripts import prepare_script
 prepare_script(__name__)
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ from dit_video.experiment import datasets
 from dit_video.experiment.export import LORA_FILE
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.recipes.distill import DistillationOptions, make_distillation_experiment
+from dit_video.loading import find_folder
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 from dit_video.scenes import shapes
@@ -62,7 +64,8 @@ class Arguments:
     """
 
     teacher: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TEACHER")]
-    """Folder of the teacher: a run, a pipeline, or open weights in diffusers' layout."""
+    """Folder of the teacher: a run, a pipeline, or open weights in diffusers' layout; or its address, or its name on
+    the Hugging Face hub."""
     workdir: str = "runs/distilled"
     """Folder or address (gs://…) of the student's run."""
     data: tuple[str, ...] = ()
@@ -90,6 +93,8 @@ def main() -> None:
     check_minimum(1, steps=options.steps, sampling_steps=options.sampling_steps, batch=options.batch)
     check_minimum(0, seeds=arguments.seeds, seed=options.seed)
     start_time = time.perf_counter()
+    name = arguments.teacher.name
+    arguments = replace(arguments, teacher=find_folder(arguments.teacher))
     experiment = make_distillation_experiment(arguments.teacher, arguments.options)
     is_shapes = isinstance(experiment.evaluation, ShapesEvaluation)
     if arguments.data:
@@ -114,7 +119,7 @@ def main() -> None:
             run.folder / "report.html",
             student,
             evaluation,
-            title=f"{arguments.teacher.name}, in {experiment.sampling.steps} steps",
+            title=f"{name}, in {experiment.sampling.steps} steps",
             source=run.folder,
             config=config_json.to_json(experiment),
         )

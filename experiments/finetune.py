@@ -1,9 +1,11 @@
 """Fine-tune a trained model on a folder of clips, sample the result and write its report.
 
 MODEL is a folder of Wan (2.1 T2V 1.3B or 14B, I2V 14B, 2.2 TI2V 5B, T2V or I2V A14B), of VACE (1.3B or 14B) or of
-LTX-Video 0.9 in the diffusers layout, or a finished run or a pipeline of your own. CLIPS is the same as for `train.py`:
-a folder of video files with a `metadata.csv`, or a data set. The autoencoder, a frozen text encoder and the image
-encoder stay as they are: clips, captions and first frames are encoded once, then the transformer is trained:
+LTX-Video 0.9 in the diffusers layout, of DiT or SiT, or a finished run or a pipeline of your own; or its address, or
+its name on the Hugging Face hub, as `dit_video.load` takes them. CLIPS is the same as for `train.py`: a folder of video
+files with a `metadata.csv`, or a data set; the captions for DiT and SiT are classes. The autoencoder, a frozen text
+encoder and the image encoder stay as they are: clips, captions and first frames are encoded once, then the transformer
+is trained:
 
     --train lora        LoRA adapters only (--lora.rank 16, --lora.targets …); pytorch_lora_weights.safetensors in the
                         run's folder can be loaded with diffusers' load_lora_weights(RUN) and with ComfyUI
@@ -49,6 +51,7 @@ from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.families.family import DENOISER_FOLDERS
+from dit_video.loading import find_folder
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Arguments:
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a model of Wan, VACE or LTX-Video in the diffusers layout, or of a run or a pipeline."""
+    """Folder of a model of Wan, VACE or LTX-Video in the diffusers layout, of DiT or SiT, or of a run or a pipeline; or
+    its address (gs://…), or its name on the Hugging Face hub (Wan-AI/Wan2.1-T2V-1.3B-Diffusers)."""
     data: tuple[str, ...]
     """Folders of clips, or data sets written by tools/ingest.py."""
     workdir: str | None = None
@@ -90,7 +94,7 @@ def main() -> None:
     if not arguments.data:
         raise UserError("--data is empty: it needs at least one folder. Use --data CLIPS")
     start_time = time.perf_counter()
-    experiment = make_finetuning_experiment(arguments.model, arguments.options)
+    experiment = make_finetuning_experiment(find_folder(arguments.model), arguments.options)
     workdir = arguments.workdir or f"runs/{experiment.name}"
     datasets.check_datasets(arguments.data, workdir=workdir)  # fail before the run's folder is created
     launch: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}

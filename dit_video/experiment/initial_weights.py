@@ -19,10 +19,9 @@ from dit_video.core.files import read_json, write_json
 from dit_video.core.trees import flatten
 from dit_video.distributed import make_shardings
 from dit_video.experiment.training_config import DenoiserTraining, LoraAdapters, Student, TemporalWeights
-from dit_video.families import find_format, load_denoiser, read_denoiser_config
+from dit_video.families import find_family, find_format, load_denoiser, read_denoiser_config
 from dit_video.models.backbones.conversion import grow, grow_config
 from dit_video.models.backbones.protocol import BackboneConfig
-from dit_video.models.encoders import FrozenTextConfig
 from dit_video.models.model_config import ModelConfig
 from dit_video.nn import get_param_shapes
 from dit_video.sampling.loading import read_denoiser
@@ -59,12 +58,15 @@ def check_initial_weights(training: DenoiserTraining, model: ModelConfig, *, is_
         raise UserError(f"train=TemporalWeights is invalid: {rule}")
     start, is_adapted = training.train.init_from, isinstance(training.train, LoraAdapters | Student)
     if start is not None and (folder := _find_transformer(start)):
-        _check_growth(folder, "the transformer", read_denoiser_config(folder), model.backbone, is_adapted=is_adapted)
+        family = find_family(Path(start))
+        own_config = read_denoiser_config(folder) if family is None else family.read_denoiser_config(Path(start))
+        _check_growth(folder, "the transformer", own_config, model.backbone, is_adapted=is_adapted)
         if training.expert is not None:
             other = training.expert.other_folder
             _check_same(other, "the transformer", read_denoiser_config(other), model.backbone)
-        if not isinstance(model.text_encoder, FrozenTextConfig):
-            raise UserError(f"{start} has no text encoder to train; set text_encoder=FrozenTextConfig(...)")
+        if get_param_shapes(model.text_encoder.make):
+            fix = "set text_encoder=FrozenTextConfig(...), or ClassNamesConfig(...) for a model of classes"
+            raise UserError(f"{start} has no text encoder to train; {fix}")
     elif start is not None and (is_adapted or not is_resuming):
         own = read_pipeline_config(_find_pipeline(start)).model
         _check_growth(start, "backbone", own.backbone, model.backbone, is_adapted=is_adapted)
@@ -114,7 +116,7 @@ def _check_growth(
     try:
         grown = config if is_adapted else grow_config(config, target)
     except UserError as error:
-        raise UserError(f"{folder} holds an image model that cannot get temporal layers: {error}") from error
+        raise UserError(f"init_from={folder} is invalid: {error}") from error
     _check_same(folder, part, grown, target)
 
 
@@ -129,10 +131,10 @@ def _find_pipeline(start: str) -> Path:
 
 
 def _find_transformer(start: str) -> Path | None:
-    """Return the transformer's folder in a pipeline folder of diffusers, or in its own; None in other folders."""
+    """Return the folder, or its authors' file, of the transformer of open weights; None in other folders."""
     folder = Path(start)
-    if (folder / "model_index.json").is_file():
-        return folder / "transformer"
+    if (family := find_family(folder)) is not None:
+        return family.find_denoiser(folder, "backbone")
     return folder if (folder / "config.json").is_file() else None
 
 

@@ -2,7 +2,8 @@
 
 import abc
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -13,14 +14,14 @@ import numpy as np
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.core.offload import Offload
-from dit_video.diffusion import TEXT, Guidance
+from dit_video.diffusion import TEXT, Guidance, LogitNormal, TimeDistribution
 from dit_video.distributed import Parallelism
 from dit_video.families.autoencoders import check_autoencoder_weights, load_placed_autoencoder
 from dit_video.families.denoiser_format import DenoiserFormat
 from dit_video.models.autoencoders import AutoencoderConfig
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import FrameConditioning
-from dit_video.models.encoders import FrozenTextConfig, TextConfig
+from dit_video.models.encoders import ClassNamesConfig, FrozenTextConfig, TextConfig
 from dit_video.models.model_config import ModelConfig
 from dit_video.sampling import Sampling
 from dit_video.sampling.denoiser import EXPERTS, list_experts
@@ -90,10 +91,11 @@ class PipelineParts(NamedTuple):
 
     denoiser: BackboneConfig
     autoencoder: AutoencoderConfig
-    text: FrozenTextConfig
+    text: FrozenTextConfig | ClassNamesConfig
     schedule: LoadedScheduler
     size: Grid
-    """Maximum frames, height and width of the clips that the model was trained on."""
+    """Maximum frames, height and width of the clips that the model was trained on; one frame for a model of images,
+    whose tokens have no position in time."""
     fps: float
     """Frame rate of these clips."""
     guidance: float = 5.0
@@ -107,6 +109,8 @@ class PipelineParts(NamedTuple):
     """Folder of the image encoder whose tokens the denoiser reads."""
     conditioner: Conditioner | None = None
     """Use of images, clips and masks that its family has of its own; None for `Completion`."""
+    times: TimeDistribution = LogitNormal()
+    """Distribution of the diffusion times that its authors train with."""
 
 
 def make_open_config(
@@ -118,7 +122,7 @@ def make_open_config(
     guidance: float | tuple[float, float],
     negative: str = "",
 ) -> PipelineConfig:
-    """Return the config of a text-to-video pipeline with a frozen text encoder, where each clip has its own row.
+    """Return the config of a pipeline with a frozen text encoder or classes, where each clip has its own row.
 
     Args:
       folder: Folder of the pipeline.
@@ -133,7 +137,7 @@ def make_open_config(
         model=ModelConfig(
             autoencoder=parts.autoencoder,
             backbone=parts.denoiser.replace(dtype=options.dtype),
-            text_encoder=replace(parts.text, dtype=options.text_dtype or options.dtype),
+            text_encoder=set_text_dtype(parts.text, options.text_dtype or options.dtype),
             process=schedule.process,
             prediction=schedule.prediction,
             frame_conditioning=parts.frame_conditioning,
@@ -151,8 +155,13 @@ def make_open_config(
         negative=negative,
         boundary=parts.boundary,
         conditioner=parts.conditioner,
-        provenance={"loaded from": os.fspath(folder), "class": str(read_pipeline_class(folder))},
+        provenance={"loaded from": os.fspath(folder), "class": read_pipeline_class(folder) or ""},
     )
+
+
+def set_text_dtype(text: FrozenTextConfig | ClassNamesConfig, dtype: Dtype) -> FrozenTextConfig | ClassNamesConfig:
+    """Return the text encoder with another dtype of its matrix products; classes have none."""
+    return replace(text, dtype=dtype) if isinstance(text, FrozenTextConfig) else text
 
 
 def check_channels(folder: Path, backbone: BackboneConfig, autoencoder: AutoencoderConfig) -> None:
@@ -177,6 +186,11 @@ def check_context_width(text_encoder: Path, width: int, backbone: Any) -> None:
         raise UserError(f"{text_encoder} is invalid: {rule}. Use text_encoder= with the one of its training")
 
 
+def find_shape(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> tuple[int, ...] | None:
+    """Return the shape of the first tensor whose name, after any prefix, matches a pattern; None without one."""
+    return next((shape for name, shape in shapes.items() if re.search(rf"(^|\.)({pattern})$", name)), None)
+
+
 class Family(abc.ABC):
     """An open model family."""
 
@@ -192,6 +206,18 @@ class Family(abc.ABC):
     def is_pipeline(self, folder: Path) -> bool:
         """Return True for the folder of a pipeline of this family."""
         return read_pipeline_class(folder) in self.pipeline_classes
+
+    def recognize(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """Return what to load instead of weights in another layout, such as a repository of the hub.
+
+        Args:
+          path: Path of the file, or of the folder that has it.
+          shapes: Shapes of its tensors by name; of a pickled file none.
+
+        Returns:
+          None for weights of another family.
+        """
+        return None
 
     @abc.abstractmethod
     def make_config(self, folder: Path, options: LoadOptions) -> PipelineConfig:
@@ -267,6 +293,10 @@ class Family(abc.ABC):
         """Return a function from the path of a denoiser's parameter (`backbone/…`) to the dtype that it is read in."""
         kernels = tuple(f"{expert}/{path}" for expert in EXPERTS for path in self.denoiser.float32_kernels)
         return make_dtype_fn(np.float32, jnp.dtype(options.dtype), float32_kernels=kernels)
+
+    def read_denoiser_config(self, folder: Path) -> BackboneConfig:
+        """Return the config of a pipeline's denoiser, as the pipeline uses it."""
+        return self.denoiser.read_folder_config(self.find_denoiser(folder, "backbone"))
 
     def read_parts(self, folder: Path) -> PipelineParts:
         """Read the configs of a pipeline's folder, from which its denoiser is fine-tuned.

@@ -1,14 +1,13 @@
-"""A model that continues scenes with gravity, bounces and collisions, to be judged by the laws of motion, in half an hour.
+"""A model that continues scenes with gravity, bounces and collisions, to be judged by laws of motion, in half an hour.
 
-    python tools/render_scenes.py --out runs/scenes/physics --count 5000 --levels 3 --frames 9 17 17 25 \
-        --sides 48 48 48 80 80 48
+    python tools/render_scenes.py --out runs/scenes/physics --count 5000 --levels 3 --frames 9 17 17 25 33 \
+        --sides 48 48 48 80 80 48 64 64
     python experiments/train.py experiments/configs/scenes_physics.py --data runs/scenes/physics \
         --workdir runs/scenes/laws
     python experiments/evaluate.py runs/scenes/laws --protocol physics_extension --out runs/scenes/laws/physics
 
 Any number of frames at the beginning is known, with which the caption says how a scene goes on. The scenes of the
-protocol, which show one law each, are drawn by another rule than those of the training. Its errors of places tell this
-model from one that was not trained (`--denoiser.steps 1`).
+protocol, which show one law each, are drawn by another rule than those of the training.
 """
 
 import dataclasses
@@ -22,8 +21,7 @@ import scenes
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import DataConfig
 from dit_video.models.conditioning import Beginning, FrameConditioning
-from dit_video.models.encoders import WordEncoderConfig
-from dit_video.tokens import Grid, PackedShape
+from dit_video.tokens import Grid
 from dit_video.training.optim.schedules import WarmupStableDecay
 
 _MODEL = scenes.EXPERIMENT.get_model()
@@ -42,9 +40,7 @@ EXPERIMENT = dataclasses.replace(
     model=dataclasses.replace(
         _MODEL,
         backbone=_MODEL.backbone.replace(cond_channels=_MODEL.autoencoder.stride.t + _MODEL.autoencoder.channels),
-        text_encoder=WordEncoderConfig(width=96, layers=1, max_tokens=128),
         frame_conditioning=FrameConditioning(prob=0.9, rest="grey", masks=(Beginning(),)),
-        layout=PackedShape(tokens=120, text=256, segments=4),
     ),
     stages=(
         dataclasses.replace(_AUTOENCODER, windows=_WINDOWS),

@@ -8,6 +8,7 @@ import pytest
 import dit_video
 from dit_video.core.errors import MissingError, UserError
 from dit_video.loading import read_config
+from dit_video.weights.safetensors import save
 from support.latents import generate_latents
 from support.tiny_clip import VISION, write_clip
 from support.tiny_wan import ANIMATING, SIZE, write_animating_wan
@@ -112,6 +113,43 @@ def test_a_folder_without_a_run_or_pipeline_is_refused(tmp_path, files, fix):
     for options in ({}, {"dtype": "bfloat16"}, {"step": 3}):
         with pytest.raises(UserError, match=rf"holds neither pipeline\.json nor experiment\.json nor .*; .*{fix}"):
             dit_video.load(folder, **options)
+
+
+_WAN = {"blocks.0.self_attn.q.weight": (1536, 1), "patch_embedding.weight": (1536, 16)}
+_LARGE_WAN = {"blocks.0.self_attn.q.weight": (5120, 1), "patch_embedding.weight": (5120, 36)}
+_ANIMATING = _LARGE_WAN | {"img_emb.proj.0.weight": (1,)}
+_EXPERT = {"blocks.0.self_attn.q.weight": (5120, 1)}
+_VACE = _WAN | {"vace_blocks.0.self_attn.q.weight": (1536, 1)}
+_LTX = {"model.diffusion_model.transformer_blocks.0.attn2.q_norm.weight": (2048,), "vae.decoder.bias": (1,)}
+_DIT = {"y_embedder.embedding_table.weight": (5, 2)}
+
+
+@pytest.mark.parametrize(
+    ("file", "tensors", "family", "model"),
+    [
+        ("wan2.1_t2v.safetensors", _WAN, "wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+        ("i2v.safetensors", _ANIMATING, "wan", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"),
+        ("low_noise_model/a.safetensors", _LARGE_WAN, "wan", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
+        ("t2v.safetensors", {"blocks.0.attn1.to_q.weight": (5120, 1)}, "wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+        ("high_noise_model/a.safetensors", _EXPERT, "wan", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+        ("vace.safetensors", _VACE, "vace", "Wan-AI/Wan2.1-VACE-1.3B-diffusers"),
+        ("ltx-video-2b-v0.9.5.safetensors", _LTX, "ltx", "Lightricks/LTX-Video-0.9.5"),
+        ("dit.safetensors", _DIT, "dit", "facebook/DiT-XL-2-256, or one .* in transformer/ beside vae/"),
+        ("DiT-XL-2-256x256.pt", None, "dit", "facebook/DiT-XL-2-256"),
+    ],
+)
+def test_weights_in_another_layout_are_recognised_by_their_tensors(tmp_path, file, tensors, family, model):
+    """The message names the pipeline to load instead, of a single file and of the folder that holds it."""
+    path = tmp_path / ("DiT-XL-2" if tensors is None else "model") / file
+    path.parent.mkdir(parents=True)
+    if tensors is None:
+        path.write_bytes(b"PK\x03\x04")
+    else:
+        save(path, {name: np.zeros(shape, np.int8) for name, shape in tensors.items()})
+    with pytest.raises(UserError, match=rf"{file} is a file with weights of the family {family}; .* such as {model}"):
+        dit_video.load(path)
+    with pytest.raises(UserError, match=rf"or of ComfyUI, with weights of the family {family}: .* such as .*{model}"):
+        dit_video.load(path.parent)
 
 
 def test_an_expert_in_the_layout_of_the_authors_is_refused(tmp_path):

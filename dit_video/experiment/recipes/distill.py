@@ -132,9 +132,9 @@ def _check_teacher(teacher: StartingModel) -> None:
     backbone = teacher.model.backbone
     has_clean_tokens = backbone.time == "token" and not teacher.is_open
     has_frames = bool(backbone.cond_channels) or teacher.model.frame_conditioning is not None or has_clean_tokens
-    if teacher.boundary is not None or has_frames:
-        fix = "distil a text-to-video model with one denoiser"
-        raise UserError(f"{teacher.folder} holds a model with two experts or with conditioning frames; {fix}")
+    if teacher.boundary is not None or has_frames or teacher.is_image:
+        kind = "open weights of images, or a model with two experts or with conditioning frames"
+        raise UserError(f"{teacher.folder} holds {kind}; distil a text-to-video model with one denoiser")
 
 
 def _make_optimizer(options: DistillationOptions, train: str) -> OptimizerConfig:

@@ -101,7 +101,8 @@ def make_finetuning_experiment(
     trained with it here, too. Prediction, shift, solver and sampling times are those of the model.
 
     Args:
-      folder: Open weights in diffusers' layout, a run that has its pipeline, or a pipeline.
+      folder: Open weights in diffusers' layout, or of DiT or SiT in their authors', a run that has its pipeline, or a
+        pipeline; of a run's, the run's settings are taken over.
       options: Trained weights, number of steps and sizes.
 
     Raises:
@@ -160,6 +161,10 @@ def _grow(start: StartingModel, model: ModelConfig, options: FineTuningOptions) 
     if options.train == "temporal" and start.data.max_frames == 1:
         rule = "temporal layers learn nothing from single frames, which this model was trained on"
         raise UserError(f"max_frames=1 is invalid with train=temporal: {rule}. Use max_frames=17, or more")
+    if start.is_image and options.train != "temporal" and start.data.max_frames > 1:
+        rule = "the model was trained on images, and does not know the order of frames"
+        fix = "Use train=temporal, or leave out max_frames"
+        raise UserError(f"max_frames={start.data.max_frames} is invalid with train={options.train}: {rule}. {fix}")
     if options.train == "temporal" and not has_temporal_layers(backbone):
         layers = {"spatial_layers": options.spatial_layers, "layers": options.temporal_layers}
         model = replace(model, backbone=add_temporal_layers(backbone, **layers))

@@ -14,7 +14,7 @@ from dit_video.evaluation.protocol import EvaluationProtocol
 from dit_video.experiment.data_config import DataConfig
 from dit_video.experiment.run import Run
 from dit_video.experiment.several_models import check_single
-from dit_video.families.family import INDEX, Dtype
+from dit_video.families.family import Dtype, Family, set_text_dtype
 from dit_video.families.registry import check_folder, find_family, make_unknown_error
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.models.model_config import ModelConfig
@@ -50,6 +50,8 @@ class StartingModel(NamedTuple):
     sampling: Sampling
     is_open: bool
     """Whether these are open weights, of another project's training."""
+    is_image: bool = False
+    """Whether these are open weights of a model of images, whose tokens have no position in time."""
     times: TimeDistribution = LogitNormal()
     weighting: Weighting = UniformWeighting()
     time_per: Literal["clip", "frame"] = "clip"
@@ -78,28 +80,29 @@ def read_starting_model(
     folder = Path(folder).absolute()  # configs outlive the process and its working directory
     limits = {name: value for name, value in limits.items() if value is not None}
     check_folder(folder)
-    return _read_open(folder, limits, fps) if (folder / INDEX).is_file() else _read_own(folder, limits, fps)
-
-
-def _read_open(folder: Path, limits: Mapping[str, Any], fps: float | None) -> StartingModel:
-    """Return the model in a folder of open weights, in bfloat16 and with all activations recomputed."""
     family = find_family(folder)
-    assert family is not None  # there is an index, of a class that is known
+    return _read_own(folder, limits, fps) if family is None else _read_open(family, folder, limits, fps)
+
+
+def _read_open(family: Family, folder: Path, limits: Mapping[str, Any], fps: float | None) -> StartingModel:
+    """Return the model in a folder of open weights, in bfloat16 and with all activations recomputed."""
     parts = family.read_parts(folder)
     family.check_weights(folder, text=parts.text, image_encoder=parts.image_encoder, boundary=parts.boundary)
     data = DataConfig(**{"max_pixels": parts.size.h * parts.size.w, "max_frames": parts.size.t, **limits})
     schedule = parts.schedule
     tokens = data.count_max_clip_tokens(stride=parts.autoencoder.stride, patch=parts.denoiser.patch)
+    segments, is_image = _MAX_CLIPS_PER_ROW, parts.size.t == 1
+    own_fps = None if is_image else parts.fps  # that of images says nothing of clips
     model = ModelConfig(
         autoencoder=parts.autoencoder,
         backbone=parts.denoiser.replace(dtype="bfloat16", remat="full"),
-        text_encoder=replace(parts.text, dtype="bfloat16"),
+        text_encoder=set_text_dtype(parts.text, "bfloat16"),
         process=schedule.process,
         prediction=schedule.prediction,
-        layout=PackedShape(tokens=tokens, text=2 * parts.text.max_tokens, segments=_MAX_CLIPS_PER_ROW),
+        layout=PackedShape(tokens=tokens, text=max(2 * parts.text.max_tokens, segments), segments=segments),
         frame_conditioning=parts.frame_conditioning,
         image_encoder=parts.image_encoder,
-        fps=parts.fps if fps is None else fps,
+        fps=own_fps if fps is None else fps,
     )
     sampling = Sampling(
         steps=50,
@@ -109,13 +112,15 @@ def _read_open(folder: Path, limits: Mapping[str, Any], fps: float | None) -> St
     )
     return StartingModel(
         folder=folder,
-        name=folder.resolve().name,
+        name=_name_folder(folder),
         model=model,
         autoencoder=folder / "vae",
         data=data,
         batch=1,
         sampling=sampling,
         is_open=True,
+        is_image=is_image,
+        times=parts.times,
         conditioner=parts.conditioner,
         boundary=parts.boundary,
     )
@@ -123,11 +128,12 @@ def _read_open(folder: Path, limits: Mapping[str, Any], fps: float | None) -> St
 
 def _read_own(folder: Path, limits: Mapping[str, Any], fps: float | None) -> StartingModel:
     """Return the model in a run or a pipeline of our own, as it was trained."""
-    run = None
-    if (folder / RUN_CONFIG).is_file():
-        check_single(opened := Run.open(folder))
+    run, start = None, folder if is_pipeline_folder(folder) else folder / "pipeline"
+    # RUN/pipeline is trained as RUN is: alone it knows neither the limits of its clips nor how it was trained.
+    home = start.parent if start.name == "pipeline" else start
+    if (home / RUN_CONFIG).is_file():
+        check_single(opened := Run.open(home))
         run = opened.experiment
-    start = folder if is_pipeline_folder(folder) else folder / "pipeline"
     if not (start / CONFIG).is_file():
         if run is None:
             raise make_unknown_error(folder)
@@ -165,8 +171,10 @@ def _read_own(folder: Path, limits: Mapping[str, Any], fps: float | None) -> Sta
 
 
 def _name_folder(folder: Path) -> str:
-    """Return the name of a pipeline's folder, or of the run that it is of."""
+    """Return the name of a pipeline's folder, of the run that it is of, or of its repository on the hub."""
     folder = folder.resolve()
+    if folder.parent.name == "snapshots":  # of the hub's cache, in models--OWNER--NAME
+        return folder.parents[1].name.rpartition("--")[2]
     return folder.parent.name if folder.name == "pipeline" else folder.name
 
 

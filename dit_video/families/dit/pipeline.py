@@ -10,34 +10,41 @@ diffusers' pipeline. A model without a scheduler, such as the authors', is sampl
 (DiT), or along its flow (SiT).
 """
 
-import os
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.diffusion import (
-    TEXT,
     Ddpm,
     DiscreteSchedule,
     Epsilon,
-    Guidance,
     Heun,
     LearnedVariance,
     Prediction,
     RectifiedFlow,
+    Uniform,
     UniformTimes,
     VariancePreservingProcess,
     Velocity,
 )
 from dit_video.families.autoencoders import read_autoencoder_config
 from dit_video.families.dit.transformer import DitDenoiserFormat
-from dit_video.families.family import INDEX, Family, LoadOptions, check_channels
+from dit_video.families.family import (
+    INDEX,
+    Family,
+    LoadOptions,
+    PipelineParts,
+    check_channels,
+    find_shape,
+    make_open_config,
+)
 from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.positions import ImageSineCosine
+from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.encoders import ClassNamesConfig
-from dit_video.models.model_config import ModelConfig
-from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid
 from dit_video.weights import LoadedScheduler, load_scheduler
@@ -63,22 +70,41 @@ class DitFamily(Family):
         has_parts = all((folder / part).is_dir() for part in _REQUIRED_PARTS)
         return super().is_pipeline(folder) or (has_parts and not (folder / INDEX).is_file())
 
+    def recognize(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        pattern = r"(y_embedder|transformer_blocks\.0\.norm1\.emb\.class_embedder)\.embedding_table\.weight"
+        if find_shape(shapes, pattern) is None and not re.match(r"[DS]iT-(XL|L|B|S)-\d", path.name):
+            return None
+        return "facebook/DiT-XL-2-256, or one of your own with the authors' .safetensors in transformer/ beside vae/"
+
     def make_config(self, folder: Path, options: LoadOptions) -> PipelineConfig:
         """Return the config of a class-conditional image pipeline; its scheduler determines the solver and steps.
+
+        Raises:
+          MissingError: If the folder lacks parts.
+          UserError: If a text encoder is given, or as `read_parts` does.
+        """
+        if options.text_encoder is not None:
+            raise UserError(f"{folder} is class-conditional and has no text encoder; leave out text_encoder")
+        parts = self.read_parts(folder)
+        is_authors = parts.schedule.solver == Ddpm() and not (folder / INDEX).is_file()
+        steps = _AUTHORS_STEPS if is_authors else _STEPS
+        return replace(make_open_config(folder, parts, options, steps=steps, guidance=parts.guidance), batch=_BATCH)
+
+    def read_denoiser_config(self, folder: Path) -> BackboneConfig:
+        return self.read_parts(folder).denoiser
+
+    def read_parts(self, folder: Path) -> PipelineParts:
+        """Read the configs of a folder, whose classes take the place of a text encoder.
 
         Args:
           folder: Holds `transformer` and `vae`; a folder of diffusers also holds `scheduler` and `model_index.json`,
             which names the classes. `transformer` holds a model of diffusers, an authors' model with the arguments of
             its class in a `config.json`, or a single file of the authors under its original name.
-          options: Dtype, devices and host memory; the model has no text encoder.
 
         Raises:
           MissingError: If the folder does not exist, or lacks parts; the message names all of them.
-          UserError: If a text encoder is given, the model is not class-conditional, a setting is not supported, or the
-            weights do not fit.
+          UserError: If the model is not class-conditional, a setting is not supported, or the weights do not fit.
         """
-        if options.text_encoder is not None:
-            raise UserError(f"{folder} is class-conditional and has no text encoder; leave out text_encoder")
         index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
         required = PARTS if index else _REQUIRED_PARTS
         if missing := [part for part in required if not (folder / part).is_dir()]:
@@ -95,26 +121,17 @@ class DitFamily(Family):
         )
         names = index.get("id2label") or {}
         side, stride, classes = position.side, autoencoder.stride, backbone.classes
-        backbone, prediction = _match_schedule(folder, replace(backbone, dtype=options.dtype), schedule)
+        backbone, prediction = _match_schedule(folder, backbone, schedule)
         class_names = tuple(str(names.get(str(number), number)) for number in range(classes)) if names else ()
-        return PipelineConfig(
-            model=ModelConfig(
-                autoencoder=autoencoder,
-                backbone=backbone,
-                text_encoder=ClassNamesConfig(classes=classes, names=class_names),
-                process=schedule.process,
-                prediction=prediction,
-                fps=1.0,
-            ),
-            batch=_BATCH,
-            sampling=Sampling(
-                steps=_AUTHORS_STEPS if schedule.solver == Ddpm() and not index else _STEPS,
-                guidance=Guidance(scales={TEXT: _GUIDANCE}),
-                solver=schedule.solver,
-                time_schedule=schedule.time_schedule,
-            ),
+        return PipelineParts(
+            denoiser=backbone,
+            autoencoder=autoencoder,
+            text=ClassNamesConfig(classes=classes, names=class_names),
+            schedule=schedule._replace(prediction=prediction),
             size=Grid(1, side * backbone.patch.h * stride.h, side * backbone.patch.w * stride.w),
-            provenance={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
+            fps=1.0,
+            guidance=_GUIDANCE,
+            times=Uniform(),
         )
 
     def find_denoiser(self, folder: Path, expert: str) -> Path:

@@ -10,6 +10,7 @@ count the seconds before a token's first frame, and times are linear-quadratic (
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from dit_video.families.family import (
     PipelineParts,
     check_channels,
     check_context_width,
+    find_shape,
     make_open_config,
 )
 from dit_video.families.ltx.transformer import CONDITION_CLASS, LtxDenoiserFormat, is_095_pipeline
@@ -54,7 +56,7 @@ class KeyframesToVideo(Conditioner):
     """Clips conditioned on images and clips at some frames: the request's `image`, `last_image` and `conditions`.
 
     What the model was not trained with is kept without training, as by any model of text to video (`Completion`): a
-    `video` with `generated` or `strength`, and parts of frames.
+    `video` with `generated` or `strength`, parts of frames, and clips off the stride.
     """
 
     noise_scale: float = 0.0
@@ -69,16 +71,17 @@ class KeyframesToVideo(Conditioner):
         """Return the plan of a request, which may have no conditions.
 
         Raises:
-          UserError: If a condition's frames are outside the clip, do not fit the autoencoder's stride, or share latents
-            with another condition; or if the method or the strength is invalid.
+          UserError: If a condition's frames are outside the clip, or share latents with another condition; if they do
+            not fit the autoencoder's stride, and the method is `trained`; or if the method or the strength is invalid.
         """
+        size, stride, channels = request.grid, model.codec.config.stride, model.codec.config.channels
         is_part = any(condition.generated is not None for condition in request.conditions)
         is_early = not self.has_keyframes and bool(request.last_image is not None or request.conditions)
-        if request.video is not None or is_part or is_early or request.method == "training_free":
+        is_off = request.method == "auto" and any(_find_misfit(each, size, stride) for each in request.conditions)
+        if request.video is not None or is_part or is_early or is_off or request.method == "training_free":
             return Completion()(request, replace(model, frame_conditioning=None))
         request.check_pictures(("image", "last_image", "conditions", "method"))
         check_options(request)
-        size, stride, channels = request.grid, model.codec.config.stride, model.codec.config.channels
         conditions = list(request.conditions)
         if request.last_image is not None:
             conditions.insert(0, Condition(content=request.last_image, frame=-1))
@@ -115,19 +118,24 @@ class _Keyframe(NamedTuple):
 
 def _fit(condition: Condition, size: Grid, stride: Grid) -> tuple[int, UInt8[np.ndarray, "T H W 3"]]:
     """Return the first frame of a condition in the clip, and its frames at the clip's height and width."""
+    if (misfit := _find_misfit(condition, size, stride)) is not None:
+        raise UserError(f"{misfit}, or method='auto'.")
+    return locate_condition(condition, size)
+
+
+def _find_misfit(condition: Condition, size: Grid, stride: Grid) -> str | None:
+    """Return the rule of the trained model that a condition breaks, with a fix; None for one that fits."""
     start, frames = locate_condition(condition, size)
     # From the third on, a condition's latents replace the sampled clip's, so they must stand for the same frames.
     if len(frames) > 1 and start % stride.t:
         below = start - start % stride.t
         fix = f"{below} or {below + stride.t}" if below + stride.t + len(frames) <= size.t else str(below)
         rule = f"a clip of {len(frames)} frames begins at a multiple of {stride.t}"
-        raise UserError(f"frame={condition.frame} of a condition is invalid: {rule}. Use {fix}.")
+        return f"frame={condition.frame} of a condition is invalid: {rule}. Use {fix}"
     if (len(frames) - 1) % stride.t:
         below = len(frames) - (len(frames) - 1) % stride.t
-        raise UserError(
-            f"a condition of {len(frames)} frames is invalid: it must have 1 + {stride.t}k. Use its first {below}."
-        )
-    return start, frames
+        return f"a condition of {len(frames)} frames is invalid: it must have 1 + {stride.t}k. Use its first {below}"
+    return None
 
 
 def _make_extra_tokens(
@@ -172,6 +180,10 @@ class LtxFamily(Family):
     denoiser = DENOISER
     parts = PARTS
     pipeline_classes = CLASSES
+
+    def recognize(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        query = find_shape(shapes, r"transformer_blocks\.0\.attn2\.(q_norm|norm_q)\.weight")
+        return None if query is None else f"Lightricks/LTX-Video-0.9.{'7-dev' if query[0] == 4096 else '5'}"
 
     def make_config(self, folder: Path, options: LoadOptions) -> PipelineConfig:
         parts = read_parts(folder, text_encoder=options.text_encoder)

@@ -1,6 +1,7 @@
 """VACE's pipelines, from diffusers' folders (`WanVACEPipeline`): Wan's pipelines with their own conditioner."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float32
 
 from dit_video.core.errors import UserError
 from dit_video.core.resize import resize
-from dit_video.families.family import PipelineParts
+from dit_video.families.family import PipelineParts, find_shape
 from dit_video.families.vace.transformer import VaceDenoiserFormat
 from dit_video.families.wan.pipeline import WanFamily
 from dit_video.models.backbones.vace import VaceControl
@@ -109,6 +110,10 @@ class VaceFamily(WanFamily):
     name = "vace"
     denoiser = VaceDenoiserFormat()
     pipeline_classes = ("WanVACEPipeline",)
+
+    def recognize(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        query = find_shape(shapes, r"vace_blocks\.0\.(self_attn\.q|attn1\.to_q)\.weight")
+        return None if query is None else f"Wan-AI/Wan2.1-VACE-{'14B' if query[0] == 5120 else '1.3B'}-diffusers"
 
     def read_parts(self, folder: Path, *, text_encoder: str | os.PathLike | None = None) -> PipelineParts:
         return super().read_parts(folder, text_encoder=text_encoder)._replace(conditioner=VaceConditioner())

@@ -7,6 +7,7 @@ zeros and attends to the padding.
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -23,6 +24,7 @@ from dit_video.families.family import (
     PipelineParts,
     check_channels,
     check_context_width,
+    find_shape,
     make_open_config,
     read_pipeline_class,
 )
@@ -165,6 +167,19 @@ class WanFamily(Family):
     denoiser: ClassVar[WanDenoiserFormat] = DENOISER
     parts = PARTS
     pipeline_classes: ClassVar[tuple[str, ...]] = CLASSES
+
+    def recognize(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        query = find_shape(shapes, r"blocks\.0\.(self_attn\.q|attn1\.to_q)\.weight")
+        if query is None:
+            return None
+        inputs = find_shape(shapes, r"patch_embedding\.weight") or (0, 0)
+        if query[0] != 5120:
+            return f"Wan-AI/Wan2.{'2-TI2V-5B' if query[0] == 3072 else '1-T2V-1.3B'}-Diffusers"
+        if inputs[1] <= 16:
+            is_expert = re.search("(high|low)_noise", os.fspath(path)) is not None
+            return f"Wan-AI/Wan2.{'2-T2V-A14B' if is_expert else '1-T2V-14B'}-Diffusers"
+        reads_image = find_shape(shapes, r"img_emb\..*|image_embedder\..*") is not None
+        return f"Wan-AI/Wan2.{'1-I2V-14B-480P' if reads_image else '2-I2V-A14B'}-Diffusers"
 
     def make_config(self, folder: Path, options: LoadOptions) -> PipelineConfig:
         parts = self.read_parts(folder, text_encoder=options.text_encoder)

@@ -51,7 +51,7 @@ def grow_config(config: BackboneConfig, target: BackboneConfig) -> BackboneConfi
       UserError: If `target` has temporal layers that cannot be added.
     """
     grown = config
-    if type(config) is DiTConfig and isinstance(target, SpatioTemporalDiTConfig):
+    if isinstance(target, SpatioTemporalDiTConfig) and not isinstance(config, SpatioTemporalDiTConfig):
         grown = _add_temporal_layers(config, target.temporal)
     if type(config) is DiTConfig and isinstance(target, ControlledDiTConfig):
         own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
@@ -83,12 +83,13 @@ def add_temporal_layers(config: BackboneConfig, *, spatial_layers: int = 1, laye
       UserError: If the model is of another class, has a pattern other than `Full` or `SpaceOnly`, registers or another
         part that `SpatioTemporalDiT` lacks, or the groups do not divide its layers.
     """
-    if type(config) is not DiTConfig:
-        raise UserError(f"a model of {type(config).__name__} cannot get temporal layers. Use a model of DiTConfig.")
     return _add_temporal_layers(config, TemporalLayers(spatial_layers=spatial_layers, layers=layers))
 
 
-def _add_temporal_layers(config: DiTConfig, temporal: TemporalLayers) -> SpatioTemporalDiTConfig:
+def _add_temporal_layers(config: BackboneConfig, temporal: TemporalLayers) -> SpatioTemporalDiTConfig:
+    if type(config) is not DiTConfig:
+        fix = "Use an image model of DiTConfig, such as DiT or SiT, or train all weights or adapters."
+        raise UserError(f"a model of {type(config).__name__} cannot get temporal layers. {fix}")
     if config.pattern not in (Full(), SpaceOnly()):
         raise UserError(
             f"pattern={config.pattern} is invalid: an image model's tokens see their frame. Use a model with Full() or "

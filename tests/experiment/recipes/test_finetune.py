@@ -18,7 +18,7 @@ from dit_video.data.latents.plan import plan_encoding
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.diffusion import RectifiedFlow, UniPc, UniPcFlowSchedule
 from dit_video.distributed import Parallelism, make_mesh
-from dit_video.experiment import AllWeights, ExpertConfig, LoraAdapters, input_pipeline
+from dit_video.experiment import AllWeights, ExpertConfig, LoraAdapters, TemporalWeights, input_pipeline
 from dit_video.experiment.autoencoder import read_autoencoder
 from dit_video.experiment.denoiser import (
     add_other_expert,
@@ -34,6 +34,7 @@ from dit_video.experiment.latents import make_encoding, open_latents
 from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.experiment.run import Run
 from dit_video.families import load_denoiser
+from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.nn import LoraConfig
 from dit_video.sampling.completion import Completion
@@ -270,8 +271,13 @@ def test_the_autoencoder_is_read_from_its_folder_and_not_copied(folder, tmp_path
 
 
 def test_models_that_cannot_be_trained_are_refused_first(folder):
-    with pytest.raises(UserError, match="a model of WanDitConfig cannot get temporal layers"):
+    fix = "a model of WanDitConfig cannot get temporal layers. Use an image model of DiTConfig, such as DiT or SiT, or"
+    with pytest.raises(UserError, match=fix):
         make_experiment(folder, train="temporal")
+    layered = SpatioTemporalDiTConfig(channels=DIT.channels, context_width=DIT.context_width)
+    layered = make_experiment(folder).replace_model(backbone=layered)
+    with pytest.raises(UserError, match=f"init_from=.* is invalid: {fix}"):
+        check(layered.replace_stage("denoiser", train=TemporalWeights(init_from=str(folder))))
     with pytest.raises(UserError, match="adapters of backbone/embed/kernel can't be written"):
         check(make_experiment(folder, lora=LoraConfig(targets=("kernel$",))))
     check(make_experiment(folder).replace_backbone(position_stretch=(2.0, 1.0, 1.0)))  # it has no weights of its own

@@ -10,6 +10,7 @@ import pytest
 import dit_video
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
+from dit_video.diffusion import Uniform
 from dit_video.distributed import make_mesh
 from dit_video.experiment import AllWeights, TemporalWeights
 from dit_video.experiment.denoiser import get_optimizer_config, open_trainable_denoiser
@@ -54,7 +55,7 @@ def test_adapters_on_a_run_are_merged_and_exported(tiny_run, tmp_path, place):
     """The folder of a run or of its pipeline is one argument, as that of open weights is."""
     experiment = make_experiment(tiny_run / place)
     start = Run.open(tiny_run).experiment
-    assert experiment.model == (dit_video.load(tiny_run).config.model if place else start.model)
+    assert experiment.model == start.model
     assert (experiment.data.max_pixels, experiment.data.max_frames) == (start.data.max_pixels, start.data.max_frames)
     assert experiment.sampling.solver == start.sampling.solver
     run = train(experiment, tiny_run, tmp_path / "run")
@@ -79,6 +80,25 @@ def test_all_weights_of_a_run_are_trained_and_continued(tiny_run, tmp_path, monk
     for path, leaf in after.items():
         np.testing.assert_array_equal(leaf, parts[path], err_msg=path)
         assert np.abs(leaf - before[path]).max() > 0, path
+
+
+@pytest.mark.parametrize("options", [{}, {"max_frames": 17}, {"max_frames": 6}, {"train": "temporal", "max_frames": 1}])
+def test_the_pipeline_of_a_run_is_trained_as_the_run_is(tiny, tiny_run, tmp_path, options):
+    """With the limits of its clips, its frame rate and its times, which the config of a pipeline lacks."""
+    data = dataclasses.replace(tiny.EXPERIMENT.data, max_frames=13, held_out=())
+    experiment = tiny.EXPERIMENT.replace_stage("denoiser", times=Uniform(), data=data)
+    run = Run.create(tmp_path / "run", experiment)
+    (run.folder / "pipeline").symlink_to(tiny_run / "pipeline")
+    results = []
+    for folder in (run.folder, run.folder / "pipeline"):
+        try:
+            results.append(make_experiment(folder, **options))
+        except UserError as error:
+            results.append(str(error))
+    of_run, of_pipeline = results
+    assert of_pipeline == of_run
+    if not options:
+        assert (of_pipeline.denoiser.times, of_pipeline.data.max_frames) == (Uniform(), 13)
 
 
 def open_start(experiment, folder):

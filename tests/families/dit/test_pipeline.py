@@ -1,6 +1,5 @@
 """Pipelines of DiT and SiT that sample images by class. The parity tests compare them with diffusers."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -20,36 +19,17 @@ from dit_video.diffusion import (
     VariancePreservingProcess,
     Velocity,
 )
-from dit_video.families import save_autoencoder, save_denoiser
-from dit_video.models.autoencoders import ImageLevels, ImageVaeConfig
 from dit_video.models.encoders import ByteEncoderConfig, ClassNamesConfig
 from dit_video.sampling.pipeline import Request
 from dit_video.sampling.probe import DenoiserProbe
 from support.latents import generate_latents
-from support.random_params import make_random_params
-from support.tiny_class_dit import DIT, SIT
-
-VAE = ImageVaeConfig(channels=3, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
-SIDE = 16
-"""Side of the images: 4 tokens of a patch of 2, at a stride of 2."""
-NAMES = {"0": "tench, Tinca tinca", "1": "crane", "2": "goldfinch", "3": "crane"}
-DDIM = {"_class_name": "DDIMScheduler", "clip_sample": False}
-
-
-def write_pipeline(folder, backbone=DIT, *, scheduler=DDIM, names=NAMES):
-    save_denoiser(folder / "transformer", backbone, make_random_params(backbone.make), layout="authors")
-    save_autoencoder(folder / "vae", VAE, make_random_params(VAE.make))
-    if scheduler is not None:
-        (folder / "scheduler").mkdir()
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", "id2label": names}))
-    return folder
+from support.tiny_class_dit import DDIM, DIT, NAMES, SIDE, SIT, write_class_dit
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Return the folder of a pipeline, to be read only."""
-    return write_pipeline(tmp_path_factory.mktemp("backbone"))
+    return write_class_dit(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +109,7 @@ def test_a_learned_variance_is_used_only_if_the_scheduler_says_so(tmp_path):
         ("learned_range", "predicted", LearnedVariance()),
     ):
         scheduler = {"_class_name": "DDPMScheduler", "clip_sample": False, "variance_type": kind}
-        result = dit_video.load(write_pipeline(tmp_path / kind, scheduler=scheduler))
+        result = dit_video.load(write_class_dit(tmp_path / kind, scheduler=scheduler))
         assert (result.config.model.backbone.variance, result.config.model.prediction) == (variance, prediction)
         drawn_with[kind] = sample_latents(result, 1)
     assert np.abs(drawn_with["fixed_small"] - drawn_with["learned_range"]).max() > 1e-2
@@ -138,7 +118,7 @@ def test_a_learned_variance_is_used_only_if_the_scheduler_says_so(tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize("backbone", [pytest.param(DIT, marks=pytest.mark.slow), SIT], ids=["DiT", "SiT"])
 def test_the_authors_models_need_no_scheduler(tmp_path, backbone):
-    result = dit_video.load(write_pipeline(tmp_path, backbone, scheduler=None))
+    result = dit_video.load(write_class_dit(tmp_path, backbone, scheduler=None))
     config = result.config
     if backbone is SIT:
         assert (config.model.process, config.model.prediction) == (RectifiedFlow(), Velocity())
@@ -150,7 +130,7 @@ def test_the_authors_models_need_no_scheduler(tmp_path, backbone):
 
 
 def test_the_time_is_scaled_to_the_steps_of_the_scheduler(tmp_path):
-    result = dit_video.load(write_pipeline(tmp_path, scheduler={**DDIM, "num_train_timesteps": 100}))
+    result = dit_video.load(write_class_dit(tmp_path, scheduler={**DDIM, "num_train_timesteps": 100}))
     assert result.config.model.backbone.time_embedding.scale == 100.0
 
 
@@ -172,6 +152,6 @@ def test_wrong_classes_text_encoders_and_missing_folders_are_refused(pipeline, f
         dit_video.load(copy)
     flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     with pytest.raises(UserError, match="predicts noise, the scheduler is of a RectifiedFlow"):
-        dit_video.load(write_pipeline(tmp_path / "flow", scheduler=flow))
+        dit_video.load(write_class_dit(tmp_path / "flow", scheduler=flow))
     with pytest.raises(UserError, match="captions are of 0 classes, the backbone of 5"):
         replace(pipeline.config.model, text_encoder=ByteEncoderConfig())

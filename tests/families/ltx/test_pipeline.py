@@ -14,10 +14,22 @@ from dit_video.diffusion import LinearQuadraticTimes, RectifiedFlow, UniformTime
 from dit_video.families.ltx.pipeline import KeyframesToVideo, read_parts
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.sampling.request import Condition, Request
-from dit_video.sampling.tasks import Edit, Extend, Inpaint, Loop, Outpaint, Vary
+from dit_video.sampling.tasks import (
+    Blend,
+    DescribedEdit,
+    Edit,
+    Extend,
+    Inpaint,
+    Interpolate,
+    Loop,
+    Outpaint,
+    Vary,
+    ZoomOut,
+)
 from dit_video.tokens import Grid, PackedShape
 from dit_video.video import Clip
 from support.latents import generate_latents
+from support.marks import mark_slow_except
 from support.tiny_ltx import DIT, RESIDUAL_VAE, SIZE, VAE, write_ltx
 
 PROMPT = "a red ball"
@@ -120,14 +132,21 @@ def test_a_pipeline_saved_in_the_native_layout_is_the_same(pipeline, tmp_path):
     ("conditions", "rule"),
     [
         ([Condition(content=draw_clip(1), frame=17)], "frame=17 of a condition is invalid for a clip of 17"),
-        ([Condition(content=draw_clip(9), frame=3)], "frame=3 .* invalid: a clip of 9 .* multiple of 8. Use 0 or 8"),
-        ([Condition(content=draw_clip(9), frame=-10)], "frame=-10 .* multiple of 8. Use 0 or 8"),
-        ([Condition(content=draw_clip(4))], "4 frames is invalid: it must have 1 \\+ 8k. Use its first 1"),
+        (
+            [Condition(content=draw_clip(9), frame=3)],
+            "frame=3 .* invalid: a clip of 9 .* multiple of 8. Use 0 or 8, or method='auto'",
+        ),
+        ([Condition(content=draw_clip(9), frame=-10)], "frame=-10 .* multiple of 8. Use 0 or 8, or method='auto'"),
+        ([Condition(content=draw_clip(4))], "4 frames is invalid: .* 1 \\+ 8k. Use its first 1, or method='auto'"),
     ],
 )
-def test_conditions_that_do_not_fit_the_clip_are_refused(pipeline, conditions, rule):
+def test_conditions_that_do_not_fit_the_clip_are_refused_or_kept_without_training(pipeline, conditions, rule):
     with pytest.raises(UserError, match=rule):
-        sample_latents(pipeline, conditions=conditions)
+        sample_latents(pipeline, conditions=conditions, method="trained")
+    if "method='auto'" in rule:
+        with pytest.warns(UserWarning, match="it is kept without training"):
+            plan = pipeline.config.conditioner(Request(PROMPT, SIZE, conditions=conditions), pipeline.model_parts)
+        assert plan.method == "training_free"
 
 
 @pytest.mark.parametrize("frame", [3, -2])
@@ -162,6 +181,12 @@ def test_versions_before_095_keep_other_images_than_the_first_without_training(f
 
 
 TASKS = {
+    "extend by any number": lambda clip: Extend(clip, PROMPT, frames=5),
+    "extend before": lambda clip: Extend(clip, PROMPT, frames=5, before=True),
+    "blend": lambda clip: Blend(clip, draw_clip(15), PROMPT, frames=16),
+    "interpolate": lambda clip: Interpolate(clip, PROMPT, factor=2),
+    "zoom out": lambda clip: ZoomOut(clip[:1], PROMPT, frames=1),
+    "described edit": lambda clip: DescribedEdit(clip, PROMPT, source="a dot"),
     "inpaint": lambda clip: Inpaint(clip, np.indices((32, 64))[1] > 31, PROMPT),
     "outpaint": lambda clip: Outpaint(clip, (32, 96), PROMPT),
     "edit": lambda clip: Edit(clip, PROMPT, strength=0.6),
@@ -171,7 +196,10 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("task", TASKS)
+QUICK = ("inpaint", "outpaint", "edit", "vary", "extend", "loop")
+
+
+@pytest.mark.parametrize("task", mark_slow_except(QUICK, TASKS))
 def test_every_task_runs_without_training(pipeline, task):
     """LTX was trained with keyframes alone."""
     clip = draw_clip(17)
