@@ -153,9 +153,8 @@ def _explain_errors() -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-            name = f" ({error.filename})" if error.filename else ""
-            fix = "free disk space, then run the same command again"
-            raise UserError(f"a file cannot be written{name}: {error.strerror}; {fix}") from error
+            fix = "Free disk space, then run the same command again."
+            raise UserError(f"{error.filename or 'a file'} cannot be written: {error.strerror}. {fix}") from error
         check_devices()
         raise
 

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit_video.core.errors import MissingError, UserError
+from dit_video.core.errors import DISK_FULL_ERRNOS, MissingError, UserError
+
+_MIN_FREE = 64 * 2**10
+"""Number of free bytes below which a disk is full; files that work leads to are larger, with few exceptions."""
 
 
 @contextlib.contextmanager
@@ -18,6 +21,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
     This works for a file, or for a folder that the caller creates at the temporary path. An existing file at `path` is
     replaced, and so is a folder once the new one is complete.
+
+    Raises:
+      OSError: If it cannot be written; that of a full disk names `path`.
     """
     path = Path(path)
     temporary = _make_temporary(path)
@@ -30,6 +36,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in DISK_FULL_ERRNOS:  # whose writes name no file
+            error.filename = os.fspath(path)
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -41,12 +51,13 @@ def check_writable(path: str | os.PathLike) -> None:
     """Check, before the work whose result it is, that a file can be written; its folder is created if necessary.
 
     Raises:
-      UserError: If it is a folder, or cannot be written.
+      UserError: If it is a folder, or cannot be written, or the disk is full.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; use the path of a file")
     temporary = _make_temporary(path)
+    _check_free_space(path, path.parent)
     try:
         temporary.touch()
         temporary.unlink()
@@ -58,12 +69,21 @@ def check_writable_folder(folder: str | os.PathLike) -> None:
     """Check, before the work whose result it is, that a folder is there or can be created, which this does not do.
 
     Raises:
-      UserError: If it cannot be created or written.
+      UserError: If it cannot be created or written, or the disk is full.
     """
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise _make_write_error(folder, "no permission" if existing.is_dir() else f"{existing} is a file")
+    _check_free_space(folder, existing)
+
+
+def _check_free_space(path: Path, existing: Path) -> None:
+    """Raise if a folder that exists, in which `path` is to be written, has no space."""
+    usage = shutil.disk_usage(existing)
+    if usage.total and usage.free < _MIN_FREE:  # there are file systems that tell no sizes
+        rule = f"its disk is full: {usage.free} bytes are free"
+        raise UserError(f"{path} cannot be written: {rule}. Free disk space, or use a path on another disk.")
 
 
 def _make_temporary(path: Path) -> Path:

@@ -6,6 +6,7 @@ from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dit_video.core import config_json
@@ -24,6 +25,7 @@ from dit_video.sampling import Sampling
 from dit_video.sampling.clip_recipe import describe_config
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.preparation import EmptyCodec, check_requests
 from dit_video.sampling.tasks.task_file import get_entry_prompt, make_request
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
@@ -117,15 +119,15 @@ class _OpenEvaluation(NamedTuple):
     pipeline: Pipeline
     protocol: EvaluationProtocol
     """Protocol, completed by what the model determines."""
-    folder: Path
     data: EvaluationData
     items: tuple[EvaluationItem, ...]
-    samples: SampleFolder | None
-    """Folder of the samples; None if nothing is sampled."""
     sampling: Sampling
     reconstructions: ClipSet | None
     """Reconstructions of the data, made when they are read; None if no metric needs them."""
-    model: dict[str, Any]
+    folder: Path = Path()
+    samples: SampleFolder | None = None
+    """Folder of the samples; None if nothing is sampled."""
+    model: Mapping[str, Any] = MappingProxyType({})
     """Description of the weights, which a training changes later."""
 
 
@@ -140,8 +142,37 @@ def _open(
     share: Callable[[], AbstractContextManager[None]] | None,
     is_alone: bool = False,
 ) -> _OpenEvaluation:
+    opened = _plan(pipeline, protocol, data, sampling, is_alone=is_alone)
+    samples = None
+    if opened.items:
+        samples = SampleFolder(
+            folder / SAMPLES_FOLDER,
+            pipeline,
+            [item.entry for item in opened.items],
+            sampling=opened.sampling,
+            codec=protocol.codec,
+            crf=protocol.crf,
+            replace_others=replace_samples,
+            share=share,
+        )
+    weights = pipeline.compute_digest() if samples is None else samples.weights
+    described = {"weights": weights, "parameters": pipeline.count_parameters()}
+    return opened._replace(folder=folder, samples=samples, model=described)
+
+
+def _plan(
+    pipeline: Pipeline,
+    protocol: EvaluationProtocol,
+    data: EvaluationData | None,
+    sampling: Sampling | None,
+    *,
+    is_alone: bool = False,
+) -> _OpenEvaluation:
+    """Return an evaluation without its samples, once it is known that the model can make and measure all of them."""
     sampling, data = pipeline.make_sampling(sampling), protocol.make_data(data)
     items, reconstructions = tuple(protocol.make_items(pipeline, data)), None
+    made = (make_request(item.entry, pipeline.config) for item in items)
+    check_requests(pipeline.config, [request for request in made if request is not None], sampling)
     needs_reconstructions = protocol.is_reconstruction or any(CLIP_NEEDS & {*each.needs} for each in protocol.metrics)
     if not is_alone and data.clips.names and needs_reconstructions:
         protocol, reconstructions = reconstruct(pipeline.codec, protocol, data.clips)
@@ -151,21 +182,23 @@ def _open(
             planned = reconstructions
         real_clips = data.clips if data.clips.names else None
         check_computable(protocol, list_inputs(planned, real_clips, reconstructions, pipeline))
-    samples = None
-    if items:
-        samples = SampleFolder(
-            folder / SAMPLES_FOLDER,
-            pipeline,
-            [item.entry for item in items],
-            sampling=sampling,
-            codec=protocol.codec,
-            crf=protocol.crf,
-            replace_others=replace_samples,
-            share=share,
-        )
-    weights = pipeline.compute_digest() if samples is None else samples.weights
-    described = {"weights": weights, "parameters": pipeline.count_parameters()}
-    return _OpenEvaluation(pipeline, protocol, folder, data, items, samples, sampling, reconstructions, described)
+    return _OpenEvaluation(pipeline, protocol, data, items, sampling, reconstructions)
+
+
+class _EmptyPipeline(Pipeline):
+    """A pipeline without weights, whose reconstructions are the clips themselves."""
+
+    def __init__(self, config: PipelineConfig):
+        self.config, self.codec = config, EmptyCodec(config.model.autoencoder, {})
+
+
+def check_evaluation(config: PipelineConfig, protocol: EvaluationProtocol, data: EvaluationData | None = None) -> None:
+    """Check that a pipeline of a config can be sampled and measured as a protocol says, before its weights are there.
+
+    Raises:
+      UserError: If `evaluate` would refuse the protocol, the data or the sampling of the config.
+    """
+    _plan(_EmptyPipeline(config), protocol, data, None)
 
 
 def _plan_samples(items: Sequence[EvaluationItem], config: PipelineConfig) -> ClipSet:

@@ -198,7 +198,7 @@ class EvaluationProtocol:
         measurement. A model that always has a first frame gets that of the data.
 
         Args:
-          pipeline: The model.
+          pipeline: The model. Before a training it has no weights, but its config, and clips as their reconstructions.
           data: Clips of the data, of `make_data`.
 
         Raises:

@@ -17,17 +17,10 @@ from dit_video.data.latents.plan import (
 )
 from dit_video.data.tables import MANIFEST
 from dit_video.experiment import datasets
-from dit_video.experiment.checkpoints import list_checkpoints
-from dit_video.experiment.run import Run
+from dit_video.experiment.run import KEEP_DATA, Run
 from dit_video.training import goodput
 from dit_video.training.hooks.logging import Progress, print_on_first_process
 from dit_video.weights.frozen_encoders import IDENTITY_FILE, FrozenTextEncoder, open_image_encoder
-
-_KEEP_DATA = (
-    "The run has trained on them: restore the clips, or start another run, which may begin with this one's weights "
-    "(init_from)."
-)
-"""Advice for a run whose data set has changed."""
 
 
 def make_encoding(run: Run) -> Encoding:
@@ -70,6 +63,22 @@ def are_encoded(folder: Path) -> bool:
     return (datasets.resolve(folder) / MANIFEST).exists()
 
 
+def check_latents(run: Run, folder: Path) -> None:
+    """Check that the latents in a folder, if they are finished, are of the run's clips and captions.
+
+    Raises:
+      UserError: If they are not.
+    """
+    if are_encoded(folder):
+        _check_clips(run, LatentSource(datasets.resolve(folder)))
+
+
+def _check_clips(run: Run, source: LatentSource) -> None:
+    columns = sorted({name for each in run.model.backbone.conditioning for name in each.columns})
+    # To encode again would lead to the next refusal.
+    check_clips(source, run.training_clips, columns, fix=KEEP_DATA if run.has_begun("denoiser") else ENCODE_AGAIN)
+
+
 def encode_latents(run: Run, folder: Path) -> None:
     """Encode the training clips into a folder, or what it stands for, all processes together; none that is finished."""
     if are_encoded(folder):
@@ -108,8 +117,7 @@ def open_latents(run: Run, folder: Path, *, encoding: Encoding | None = None) ->
     """
     encoding = make_encoding(run) if encoding is None else encoding
     source = LatentSource(datasets.resolve(folder), identity=compute_latent_identity(encoding))
-    has_begun = bool(list_checkpoints(run.folder, "denoiser"))  # to encode again would lead to the next refusal
-    check_clips(source, run.training_clips, encoding.columns, fix=_KEEP_DATA if has_begun else ENCODE_AGAIN)
+    _check_clips(run, source)
     if source.skipped:
         name, reason, *_ = source.skipped[0]
         count = len(source.skipped)

@@ -49,7 +49,7 @@ def open_run(
         raise_on_sigterm(),
         initialize_distributed(config, code=get_code_version(), timeouts=timeouts),
         _exit_with(stopped_code),  # once more, as the processes tell each other their codes
-        _convert_disk_errors(),
+        _convert_disk_errors(folder),
         lock_folder(folder),
         _open_copy(folder) as (local, remote),
     ):
@@ -70,16 +70,20 @@ def _exit_with(code: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _convert_disk_errors() -> Iterator[None]:
+def _convert_disk_errors(folder: StoragePathLike) -> Iterator[None]:
     """Give errors of a disk inside the context, such as that of a log, the exit codes of errors of storage."""
     try:
         yield
     except OSError as error:
         problem = None if isinstance(error, BrokenPipeError) else classify_storage_error(error)
         if problem == "transient":
-            raise TransientError(f"the disk does not answer ({error}). Run the same command again.") from error
+            raise TransientError(
+                f"the disk of {folder} does not answer ({error}). Run the same command again."
+            ) from error
         if problem in ("space", "access"):
-            raise UserError(f"the disk cannot be written ({error}). Free space, or check the permissions.") from error
+            raise UserError(
+                f"the disk of {folder} cannot be written ({error}). Free space, or check the permissions."
+            ) from error
         raise
 
 

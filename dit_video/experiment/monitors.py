@@ -36,6 +36,7 @@ from dit_video.models.backbones.flops import count_training_flops
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import IMAGE_TOKENS
 from dit_video.sampling.pipeline import Pipeline, Request
+from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import PackedBatch, infer_grid
 from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.hooks.metric_logs import MonitoringConfig, TensorBoard, WeightsAndBiases
@@ -110,25 +111,30 @@ def make_validation(
     return PeriodicCall(every=monitoring.validate_every, function=call, name="validate")
 
 
+def make_sample_requests(monitoring: MonitoringConfig, clips: ClipSource, config: PipelineConfig) -> list[Request]:
+    """Return what is sampled for a grid: the config's prompts, or captions of the first clips, or no text."""
+    captions = (info.captions[0] for info in clips.infos if info.captions)
+    prompts = monitoring.prompts or tuple(itertools.islice(captions, _MAX_CLIPS)) or ("",) * _MAX_CLIPS
+    return [Request(prompt, config.size, seed=seed) for seed, prompt in enumerate(prompts)]
+
+
 def make_sampling(
-    folder: Path, monitoring: MonitoringConfig, captions: Sequence[str], pipeline: Callable[[Any], Pipeline]
+    folder: Path, monitoring: MonitoringConfig, requests: Sequence[Request], pipeline: Callable[[Any], Pipeline]
 ) -> PeriodicCall:
     """Return a hook that saves a grid of clips at the training size, with the same prompts and seeds each time.
 
     Args:
       folder: Folder of the files, named by step, and of `TILES_FILE`.
-      monitoring: Holds the prompts.
-      captions: Prompts to use if it has none; without any, the prompt is empty.
+      monitoring: Holds the interval.
+      requests: What is sampled, see `make_sample_requests`.
       pipeline: Returns a pipeline from averaged weights, which stay where they are on the devices.
     """
-    prompts = monitoring.prompts or tuple(captions[:_MAX_CLIPS]) or ("",) * _MAX_CLIPS
 
     def call(done: int, state: Any) -> dict[str, float]:
         model = pipeline(state.ema)
-        requests = [Request(prompt, model.config.size, seed=seed) for seed, prompt in enumerate(prompts)]
         samples = model.sample_many(requests)
         if is_first_process():
-            _save_grid(folder, done, model.decode_many(samples), prompts)
+            _save_grid(folder, done, model.decode_many(samples), [request.prompt for request in requests])
         wait_for_main_process()
         return {}
 

@@ -28,6 +28,7 @@ import abc
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -48,19 +49,20 @@ from dit_video.core.storage import StoragePathLike
 from dit_video.core.version import __version__
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.codec import LatentCodec
+from dit_video.data.latents.plan import hash_inputs
 from dit_video.data.sizes import SizeLimits, fit_size
 from dit_video.data.usable_clips import ClipRequirements, UsableClips, select_usable
 from dit_video.data.windows import ClipCrops
 from dit_video.distributed import MeshPartitioner, Parallelism, make_mesh
 from dit_video.evaluation.clip_set import make_fitted_set
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.evaluation.evaluate import evaluate
+from dit_video.evaluation.evaluate import check_evaluation, evaluate
 from dit_video.evaluation.measure import EvaluationResult
 from dit_video.evaluation.protocol import EvaluationData, EvaluationProtocol
 from dit_video.experiment import datasets
 from dit_video.experiment.amendments import Amendment, describe_stages, make_amendment
 from dit_video.experiment.autoencoder import MAX_LINEAR_VALUES, TrainingWindows, limit_windows, read_autoencoder
-from dit_video.experiment.checkpoints import get_checkpoint_folder
+from dit_video.experiment.checkpoints import get_checkpoint_folder, list_checkpoints
 from dit_video.experiment.data_config import DataConfig
 from dit_video.experiment.denoiser import add_other_expert, load_checkpoint
 from dit_video.experiment.encoders import TEXT_ENCODER_FILE
@@ -102,6 +104,11 @@ EXCLUDED_FILE = "excluded_clips.json"
 """Name of the list of the clips that a training excludes, and of the held-out ones that cannot be used."""
 _RUN_FOLDERS = ("checkpoints", "clips", "data", "goodput", "latents", "pipeline", "samples", "stages")
 """Names in the folder of a run that no stage may have."""
+KEEP_DATA = (
+    "A run keeps its data: restore the clips, or start another run, which may begin with this one's weights "
+    "(init_from)."
+)
+"""Advice for a run whose data set has changed."""
 _AMENDABLE_FIELDS = (
     "conditioner",
     "data.max_excluded_share",
@@ -528,24 +535,76 @@ class Run:
         self.take(*clips)
         self.check()
 
-    def check(self) -> None:
+    def check(self, *, is_evaluated: bool = True) -> None:
         """Check everything that can be checked before the first stage begins.
 
         Then write the config of an amended run, and the pipeline's.
 
+        Args:
+          is_evaluated: Whether the pipeline is evaluated in the end, and not only as a part of a joined one.
+
         Raises:
-          UserError: If clips cannot be used or do not fit the config, or if a stage cannot be run.
+          UserError: If clips cannot be used or do not fit the config, if a stage cannot be run, or if `evaluate` would
+            refuse the sampling or the evaluation.
         """
         self.clips.select(self.experiment.data.held_out)  # raises for an unknown name
         for stage in self.stages:
             stage.check(self)
-        if self.process == 0 and self.amendments and len(self.amendments) > len(Run.open(self.folder).amendments):
+        if self.process:
+            return
+        is_amended = len(self.amendments) > len(Run.open(self.folder).amendments)
+        config = None
+        if self.experiment.denoiser_stages:
+            # Until the denoiser trains, its clips may still change.
+            is_new = is_amended or not self.has_begun("denoiser")
+            config = self._make_pipeline_config() if is_new else self.pipeline_config()
+            if is_evaluated:
+                self.check_evaluation(config)
+        if is_amended:
             print(f"amended: {self.amendments[-1]}", file=sys.stderr)
             self._write_config()
-        if self.process == 0 and self.experiment.denoiser_stages:
-            if not (self.folder / PIPELINE_CONFIG).is_file():
-                write_pipeline_config(self.folder, self.pipeline_config())
+        if config is not None:
+            if not (self.folder / PIPELINE_CONFIG).is_file() or read_pipeline_config(self.folder) != config:
+                write_pipeline_config(self.folder, config)
             self._update_finished_pipeline()
+
+    def check_evaluation(self, config: PipelineConfig) -> None:
+        """Check that a pipeline of a config, which is not trained yet, can be sampled and evaluated in the end.
+
+        Raises:
+          UserError: If `evaluate` would refuse the sampling, the evaluation or the clips.
+        """
+        protocol = replace(self.experiment.evaluation, seed=self.experiment.seed)
+        check_evaluation(config, protocol, self.evaluation_data())
+
+    def has_begun(self, name: str) -> bool:
+        """Return whether the training of a model has left a checkpoint, or the denoiser's the finished pipeline."""
+        is_finished = name == "denoiser" and (self.folder / "pipeline").is_dir()
+        return is_finished or bool(list_checkpoints(self.folder, name))
+
+    def check_kept_clips(self) -> None:
+        """Check that the clips are those that the run has begun to train on.
+
+        Raises:
+          UserError: If there are others, or their captions or other values that the model reads differ.
+        """
+        path = self.folder / PIPELINE_CONFIG
+        known = read_pipeline_config(path.parent).provenance.get("clips") if path.is_file() else None
+        if known is not None and known != (now := self._describe_clips()):
+            raise UserError(
+                f"{datasets.resolve(self.folder / 'data')} holds other clips, captions or values than the run has "
+                f"trained on (number and hash of the clips are now {now}, and were {known}). {KEEP_DATA}"
+            )
+
+    def _describe_clips(self) -> str:
+        """Return the number of the training clips, and a hash of all that the model reads of them."""
+        clips, conditioning = self.training_clips, self.experiment.get_model().backbone.conditioning
+        columns = sorted({name for each in conditioning for name in each.columns})
+        values = zip(clips.column("name"), hash_inputs(clips, columns), clips.column("captions"), strict=True)
+        digest = hashlib.sha256()
+        for each in values:
+            digest.update(repr(each).encode("utf-8", "surrogatepass"))
+        return f"{len(clips)} {digest.hexdigest()[:16]}"
 
     def take(self, *clips: StoragePathLike) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `link_datasets`."""
@@ -806,16 +865,18 @@ class Run:
         datasets.link_folder(self.folder / "checkpoints", destination, "checkpoints")
 
     def pipeline_config(self) -> PipelineConfig:
-        """Return the config of this run's pipeline, which `prepare` has written, or which follows from the clips.
+        """Return the config of this run's pipeline, which `prepare` has written, or which follows from the clips."""
+        if (self.folder / PIPELINE_CONFIG).is_file():
+            return self._amend(read_pipeline_config(self.folder))
+        return self._make_pipeline_config()
+
+    def _make_pipeline_config(self) -> PipelineConfig:
+        """Return the config of the pipeline that follows from the clips.
 
         Its model is the experiment's, with the frame rate of the clips if it has none, and with the identity of a
         frozen text encoder. The largest training size is the default size of samples.
         """
         experiment, model = self.experiment, self.experiment.get_model()
-        if (self.folder / PIPELINE_CONFIG).is_file():
-            config = read_pipeline_config(self.folder)
-            # The experiment's own backbone may have another attention than when the run began.
-            return config.replace_model(backbone=model.backbone)
         infos, encoder = self.training_clips.infos, self.open_text_encoder()
         if isinstance(encoder, FrozenTextEncoder):
             model = replace(model, text_encoder=encoder.pinned_config)
@@ -841,23 +902,31 @@ class Run:
                 "dit_video": __version__,
                 "jax": jax.__version__,
                 "data": " ".join(self.clips.versions),
+                "clips": self._describe_clips(),
             },
         )
 
     def _update_finished_pipeline(self) -> None:
         """Update the finished pipeline's config, if there is one, with amended fields that need no other weights."""
-        folder, experiment = self.folder / "pipeline", self.experiment
+        folder = self.folder / "pipeline"
         if not (folder / PIPELINE_CONFIG).is_file():
             return
         config = read_pipeline_config(folder)
-        amended = replace(
+        if (amended := self._amend(config)) != config:
+            write_pipeline_config(folder, amended)
+
+    def _amend(self, config: PipelineConfig) -> PipelineConfig:
+        """Return a config of the pipeline with the experiment's values of what may have changed since it was written.
+
+        The backbone may have another attention.
+        """
+        experiment = self.experiment
+        return replace(
             config.replace_model(backbone=experiment.get_model().backbone),
             sampling=experiment.sampling,
             conditioner=experiment.conditioner,
             evaluation=experiment.evaluation,
         )
-        if amended != config:
-            write_pipeline_config(folder, amended)
 
     def make_pipeline(
         self,

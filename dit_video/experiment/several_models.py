@@ -27,7 +27,7 @@ class TrainModel(Stage):
         return self.experiment.amendable_fields
 
     def check(self, run: Run) -> None:
-        self.open_run(run).check()
+        self.open_run(run).check(is_evaluated=find_join(run.experiment) is None)
 
     def is_done(self, run: Run) -> bool:
         nested = self.open_run(run)
@@ -75,6 +75,11 @@ class JoinPipelines(Stage):
             for step in self.previous.values():
                 step.check(model)
 
+    def check(self, run: Run) -> None:
+        last = self._open_run(run, self.last)
+        if run.process == 0 and last.experiment.denoiser_stages:  # not a run of several models, which checks its own
+            last.check_evaluation(self.join_config(last.pipeline_config()))
+
     def is_done(self, run: Run) -> bool:
         folder = run.folder / "pipeline"
         folders = {folder / STEPS / step.name: name for name, step in self.previous.items()}
@@ -85,12 +90,12 @@ class JoinPipelines(Stage):
         return all(read_pipeline_config(each) == config for each, config in own.items())
 
     def run(self, run: Run) -> None:
-        def load(name: str) -> Pipeline:
-            stage = run.experiment.get_stage(name)
-            assert isinstance(stage, TrainModel)  # which check_config checks
-            return stage.open_run(run).load_pipeline()
+        self.join(lambda name: self._open_run(run, name).load_pipeline()).save(run.folder / "pipeline")
 
-        self.join(load).save(run.folder / "pipeline")
+    def _open_run(self, run: Run, name: str) -> Run:
+        stage = run.experiment.get_stage(name)
+        assert isinstance(stage, TrainModel)  # which check_config checks
+        return stage.open_run(run)
 
     def join(self, load: Callable[[str], Pipeline]) -> Pipeline:
         """Return the joined pipelines of models, which a function loads by the names of their stages."""

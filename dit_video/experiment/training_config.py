@@ -72,7 +72,7 @@ class AllWeights:
     """Training of all weights."""
 
     init_from: str | None = None
-    """Folder of the initial weights: of a pipeline, a run, or Wan in diffusers' layout; None for random weights."""
+    """Folder of the initial weights: of a pipeline, a run, or open weights; None for random weights."""
     expert: ExpertConfig | None = None
     """Expert whose weights `init_from` has, for a model with two; None for a model with one denoiser."""
 

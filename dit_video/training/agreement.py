@@ -99,11 +99,14 @@ def raise_failure(action: str, failure: SharedResult) -> NoReturn:
 
 
 def format_error(error: Exception) -> str:
-    """Return the beginning of an error's message on one line; of a user error, which has one line, all of it."""
+    """Return an error's message on one line: all of a user error's, and both ends of another one that is long.
+
+    Errors of storage tell what was written first, and the reason last.
+    """
     if isinstance(error, UserError):
         return str(error)
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:120]}{'…' if len(text) > 120 else ''}"
+    return f"{type(error).__name__}: {text if len(text) <= 200 else f'{text[:80]} … {text[-120:]}'}"
 
 
 def _classify(error: Exception) -> FailureKind:

@@ -30,13 +30,21 @@ _MARKER = ".keep"
 _ORBAX_FOLDER = os.path.dirname(ocp.__file__)
 
 
-def _shorten_log(record: logging.LogRecord) -> bool:
-    """Drop what Orbax tells of its steps, and reduce its tracebacks to their last lines.
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    """Return False for the error of a save to a full disk, which every write that fails repeats with its traceback.
 
-    The exception of a save is raised, too, where the save is waited for.
+    The exception of a save is raised, too, where the save is waited for, and becomes one line.
     """
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or classify_storage_error(error) != "space"
+
+
+def _shorten_log(record: logging.LogRecord) -> bool:
+    """Drop what Orbax tells of its steps, and reduce its tracebacks to their last lines."""
     if not record.pathname.startswith(_ORBAX_FOLDER):
         return True
+    if not _is_worth_telling(record):
+        return False
     if record.exc_info:
         record.exc_text = "".join(traceback.format_exception_only(record.exc_info[1])).strip()
         record.exc_info = None
@@ -44,6 +52,7 @@ def _shorten_log(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("absl").addFilter(_shorten_log)  # a logger that Orbax shares with other packages
+logging.getLogger("asyncio").addFilter(_is_worth_telling)  # which tells of Orbax's futures
 
 
 class IncompleteSaveError(Exception):

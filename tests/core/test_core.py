@@ -1,8 +1,10 @@
 """Files, random keys, trees, configs and pixels."""
 
+import errno
 import json
 import runpy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -46,6 +48,29 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, error):
         fail()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.json"]
+
+
+def test_the_error_of_a_full_disk_names_the_file(tmp_path):
+    def fail():
+        with files.atomic_path(tmp_path / "clip.mp4"):
+            raise OSError(errno.ENOSPC, "No space left on device")  # as a write does, without a name
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/clip\.mp4'$"):
+        fail()
+
+
+@pytest.mark.parametrize("check", [files.check_writable, files.check_writable_folder])
+def test_a_full_disk_is_known_before_the_work(tmp_path, monkeypatch, check):
+    path = tmp_path / "clip.mp4"
+    for free in (0, 1000):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(total=10**6, free=free))
+        with pytest.raises(
+            UserError, match=rf"clip\.mp4 cannot be written: .* {free} bytes are free\. Free disk space"
+        ):
+            check(path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=0, free=0))  # of a file system of services
+    check(path)
+    assert names(tmp_path) == []
 
 
 def test_a_written_folder_replaces_the_old_one(tmp_path):

@@ -205,15 +205,20 @@ def test_other_clips_than_the_run_s_are_refused(tiny, clips, copy):
         Run.create(copy, tiny.EXPERIMENT).train(clips)
 
 
-def test_a_data_set_that_changed_is_refused_once_with_the_way_on(tiny, clips, copy):
-    """To encode the new clips would lead to the next refusal, as a run keeps its data."""
+@pytest.mark.parametrize(
+    ("steps", "message"), [(32, "latents of other clips or captions"), (10, "other clips, captions or values")]
+)
+def test_a_data_set_that_changed_is_refused_once_with_the_way_on(tiny, clips, copy, steps, message):
+    """To encode the new clips would lead to the next refusal, as a run keeps its data; nothing is written before."""
     metadata = clips / "metadata.csv"
     metadata.write_text(metadata.read_text().replace("circle", "ring"))
     shutil.rmtree(copy / "data")
     ingest(clips, copy / "data")
-    longer = tiny.EXPERIMENT.replace_stage("denoiser", steps=32)
-    with pytest.raises(UserError, match=r"latents of other clips or captions .*restore the clips, or start another"):
-        Run.create(copy, longer).train(copy / "data")
+    before = (copy / "experiment.json").read_bytes()
+    run = Run.create(copy, tiny.EXPERIMENT.replace_stage("denoiser", steps=steps))
+    with pytest.raises(UserError, match=rf"{message} .*A run keeps its data: restore the clips, or start another"):
+        run.train(copy / "data")
+    assert (copy / "experiment.json").read_bytes() == before
 
 
 def test_a_held_out_clip_that_does_not_exist_is_named(tiny, tiny_clips, tmp_path):

@@ -14,6 +14,7 @@ from dit_video.core import config_json
 from dit_video.core.storage import to_storage_path, upload
 from dit_video.data.ingest.engine import ingest
 from dit_video.diffusion import SOLVERS
+from dit_video.experiment.remote_folder import RemoteFolder
 from dit_video.experiment.run import Run
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.scenes import shapes, shapes_evaluation
@@ -299,6 +300,32 @@ def test_train_explains_itself(script):
     ended = script("experiments/train.py", "--help")
     assert ended.code == 0
     assert "--data CLIPS" in ended.out
+
+
+# finetune.py and distill.py
+
+
+@pytest.mark.parametrize("command", ["finetune", pytest.param("distill", marks=pytest.mark.slow)])
+def test_models_are_trained_further_from_addresses_and_names_on_the_hub(command, script, copy, memory, monkeypatch):
+    """They are what `dit_video.load` takes; here each is opened until its length of clips is refused."""
+
+    def download(name, *, allow_patterns):
+        if name != "someone/tiny":
+            raise ConnectionError("no route to host")
+        return str(copy)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    RemoteFolder(f"{memory}/runs/mine", copy).send()
+    length = "T=6 is not 1 + 4k"
+    for model, message in (
+        (f"{memory}/runs/mine", length),
+        (f"{memory}/runs/mine/pipeline", length),
+        ("someone/tiny", length),
+        ("someone/other", "hf download someone/other"),
+        (f"{memory}/runs/none", f"no such run: {memory}/runs/none"),
+    ):
+        ended = script(f"experiments/{command}.py", model, "--data", "clips", "--max-frames", 6)
+        assert_one_line(ended, message)
 
 
 # quickstart.py

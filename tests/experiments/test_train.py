@@ -84,6 +84,11 @@ def refuse_login():
             ["--monitoring.wandb", "videos"],
             r"monitoring\.wandb='videos' .*: No API key configured.* WANDB_MODE=offline",
         ),
+        (
+            ["--sampling.guidance", "image=2"],
+            r"guidance of image is invalid: the model has no such conditions, but text",
+        ),
+        (["--monitoring.sample-every", 2, "--sampling.guidance", 2, 3], r"this model has no second expert"),
         (["--monitoring.tensorboard"], r"monitoring\.tensorboard needs tensorboardX, which is not installed"),
     ],
 )

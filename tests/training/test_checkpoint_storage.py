@@ -1,6 +1,7 @@
 """Checkpoints on storage that fails for a while, or for good."""
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -111,6 +112,26 @@ def test_what_needs_a_person_is_not_tried_again(tmp_path, faults, number, advice
         checkpoints.wait()
     assert result.value.code == 2
     assert len(faults) == 1
+
+
+FULL = (
+    'RESOURCE_EXHAUSTED: Error writing "ema/0" in OCDBT database at local file "/run/8.orbax-checkpoint-tmp/state.'
+    f'orbax-checkpoint-tmp/ocdbt.process_0/": Failed writing: "/run/8.orbax-checkpoint-tmp/d/{"0" * 32}": Failed to '
+    "write 133937 bytes to file 7: No space left on device [os_error_code='28']"
+)
+"""Message of tensorstore."""
+
+
+def test_a_full_disk_is_told_once_with_its_reason(tmp_path, monkeypatch, caplog):
+    def fail(self: Any, step: int, **keywords: Any) -> bool:
+        for message in (FULL, "another error"):  # as futures do that are freed
+            logging.getLogger("asyncio").error("exception was never retrieved", exc_info=ValueError(message))
+        raise ValueError(FULL)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    with pytest.raises(UserError, match=r"step 1 .* No space left on device \[os_error_code='28'\]\)\. Earlier"):
+        Checkpoints(tmp_path).save(1, make_state(1), {})
+    assert [str(record.exc_info[1]) for record in caplog.records if record.name == "asyncio"] == ["another error"]
 
 
 def test_a_save_is_begun_again_if_the_storage_does_not_answer(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def prepare_script(name: str, *, huge_pages: bool = True) -> None:
     """
     if name != "__main__" or "jax" in sys.modules:
         return
-    sys.excepthook = _show_exception
+    sys.excepthook, sys.unraisablehook = _show_exception, _show_unraisable
     set_accelerator_flags()
     if huge_pages:
         use_huge_pages(name)
@@ -66,3 +66,14 @@ def _show_exception(kind: type[BaseException], error: BaseException, traceback: 
         print("\ninterrupted during its start: run the same command again", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
+
+
+def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Show an error that nobody catches, but for those of writes whose event loop is closed.
+
+    Of the writes of a checkpoint, the first one that fails, such as on a full disk, closes the loop, and is told. The
+    threads of tensorstore would report all others to the loop.
+    """
+    error = unraisable.exc_value
+    if not (unraisable.object is None and isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)

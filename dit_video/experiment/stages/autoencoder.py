@@ -77,7 +77,11 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
             self._check_windows(self.windows, experiment)
 
     def check(self, run: Run) -> None:
-        if not self.is_done(run) and isinstance(self.windows, FittedWindows):
+        if self.is_done(run):
+            return
+        if run.has_begun(self.name):
+            run.check_kept_clips()
+        if isinstance(self.windows, FittedWindows):
             self._check_windows(self.choose_windows(self.open_crops(run)), run.experiment)
 
     def _check_windows(self, windows: Sequence[WindowConfig], experiment: Experiment) -> None:

@@ -30,6 +30,7 @@ from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.experiment.training_config import DenoiserTraining, Student, TemporalWeights
 from dit_video.models.backbones.protocol import check_frame_conditioning
 from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.preparation import check_requests
 from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
@@ -168,17 +169,22 @@ class TrainDenoiser(DenoiserTraining, Stage):
         return (run.folder / "pipeline").is_dir() and (newest is None or newest >= end_step)
 
     def check(self, run: Run) -> None:
-        run = self.adapt_run(run)
+        whole, run = run, self.adapt_run(run)
         latents.link_latents(run, self.get_folder(run) / "latents")
         self._record_excluded(run)
         input_pipeline.check_inputs(run, self)
         is_resuming = run.open_checkpoints("denoiser").latest() is not None
         check_initial_weights(self, run.model, is_resuming=is_resuming or self.is_done(run))
         check_encoders(run.model, run.folder)
-        is_encoded = run.data.cache_latents and latents.are_encoded(self.get_folder(run) / "latents")
-        if not is_encoded and not self.is_done(run):
-            run.open_conditioning()
-        self._check_evaluation(run)
+        if not self.is_done(run):
+            folder = self.get_folder(run) / "latents"
+            if run.data.cache_latents:
+                latents.check_latents(run, folder)
+            if not run.data.cache_latents or not latents.are_encoded(folder):
+                run.open_conditioning()
+        if whole.has_begun("denoiser"):
+            whole.check_kept_clips()
+        self._check_evaluation(whole)
 
     def encode_latents(self, run: Run) -> None:
         """Encode the latents of the training clips, all processes together, unless they are encoded or not cached."""
@@ -279,8 +285,8 @@ class TrainDenoiser(DenoiserTraining, Stage):
                 )
             )
         if monitoring.sample_every:
-            captions = [info.captions[0] for info in run.training_clips.infos if info.captions]
-            hooks.append(monitors.make_sampling(folder / "samples", monitoring, captions, make_pipeline))
+            requests = monitors.make_sample_requests(monitoring, run.training_clips, run.pipeline_config())
+            hooks.append(monitors.make_sampling(folder / "samples", monitoring, requests, make_pipeline))
         return tuple(hooks)
 
     def _make_self_check(
@@ -331,12 +337,16 @@ class TrainDenoiser(DenoiserTraining, Stage):
 
         Raises:
           MissingError: If a logging package, or what a metric reads, is missing.
-          UserError: If Weights & Biases is not logged in, if no clips are held out to validate on, or if there is no
-            caption to sample during the training.
+          UserError: If Weights & Biases is not logged in, if no clips are held out to validate on, if there is no
+            caption to sample during the training, or if the model cannot sample as the config says.
         """
         monitoring, evaluation = run.experiment.monitoring, run.experiment.evaluation
         if not self.is_done(run):
             monitors.open_logs(monitoring, run.folder / "denoiser")
+            if monitoring.sample_every and run.process == 0:
+                config = run.pipeline_config()
+                requests = monitors.make_sample_requests(monitoring, run.training_clips, config)
+                check_requests(config, requests, config.sampling)
         if run.process == 0:
             for metric in evaluation.metrics:
                 metric.open_weights()

@@ -1,4 +1,4 @@
-"""The start of a script: what a Ctrl-C during its imports prints."""
+"""The start of a script: what a Ctrl-C during its imports, and errors that nobody catches, print."""
 
 import ast
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,9 +45,24 @@ def test_a_script_sets_the_flags_of_accelerators_before_it_imports_jax(monkeypat
     calls = []
     monkeypatch.setattr(scripts, "set_accelerator_flags", lambda: calls.append("set"))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setattr(sys, "modules", {})
     scripts.prepare_script("__main__", huge_pages=False)
     assert calls == ["set"]
+
+
+def test_writes_whose_event_loop_is_closed_report_nothing(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda unraisable: shown.append(str(unraisable.exc_value)))
+    monkeypatch.setattr(scripts, "set_accelerator_flags", lambda: None)
+    for name in ("excepthook", "unraisablehook"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "modules", {})
+        scripts.prepare_script("__main__", huge_pages=False)
+    for message in ("Event loop is closed", "another error"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(message), object=None))
+    assert shown == ["another error"]
 
 
 def test_every_script_prepares_itself_first():
