@@ -1,26 +1,28 @@
 """Measure this project on one accelerator, part by part, into one JSON; and print its figures as a table.
 
-    python tools/gpu_benchmark.py --json figures.json                     # all parts, 40 minutes at most
-    python tools/gpu_benchmark.py attention --json figures.json           # one part; its figures replace older ones
+    python tools/gpu_benchmark.py --json figures.json                     # all parts, 12 minutes at most
+    python tools/gpu_benchmark.py attention training --json figures.json  # some; their figures replace older ones
     python tools/gpu_benchmark.py plans --missing --json figures.json     # only the figures that are not there yet
     python tools/gpu_benchmark.py --table figures.json                    # the table of docs/benchmarks.md
     python tools/gpu_benchmark.py --small --json rehearsal.json           # small sizes, on any device
 
-The parts, each of which ends when its time is spent:
+The parts, the most telling first, each of which ends when its time is spent:
 
-    attention    equality of all backends with the dense reference, and leaks between clips, on the device; seconds
-                 forwards and backwards against the share of pairs, at 1, 4, 10 and 16 clips a row (7 minutes)
-    training     utilization (MFU) of 0.1, 1.3 and 3 billion parameters on rows of 32,768 tokens, at 1 and 8 clips a
-                 row, with the remat that plans choose (9 minutes)
-    epoch        one epoch of clips of mixed sizes: padded, in buckets, and packed (8 minutes)
-    plans        calibration; planned against measured memory and step time of 12 configurations (9 minutes)
-    sampling     a clip of 81x480x832 by the shape of Wan 2.1 1.3B, with decoding (7 minutes)
+    attention    equality with the dense reference, and leaks between clips, on the device; seconds forwards and
+                 backwards against the share of pairs, at 1, 4 and 16 clips a row; a product of matrices (150 s)
+    training     utilization (MFU) of 1.3 billion parameters on rows of 32,768 tokens, with 8 clips a row and with 1,
+                 with and without command buffers, and which kernels take the time (150 s)
+    job          clips of the shipped model against a CPU's, and quickstart.py --brief (90 s)
+    epoch        one epoch of clips of mixed sizes: padded, in buckets, and packed (120 s)
+    sampling     a clip of 81x480x832 by the shape of Wan 2.1 1.3B, with decoding (120 s)
+    plans        calibration; planned against measured memory and step time of 4 configurations (90 s)
 
 Each figure is written as it appears, with the device, the version of JAX, the date and its target. Cases run in
 processes of their own, so that a kernel that fails, or memory that runs out, does not end the others. The flags of XLA
 are the same for all scripts (`dit_video/core/platform/xla_flags.py`), and compiled programs are kept.
 
-Only JAX, Flax, optax, einops, jaxtyping, safetensors, tokenizers and NumPy are needed; there is no data to prepare.
+Only JAX, Flax, optax, einops, jaxtyping, safetensors, tokenizers and NumPy are needed, but for quickstart.py; there is
+no data to prepare.
 """
 
 from dit_video.core.platform.scripts import prepare_script
@@ -34,7 +36,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmarks.gpu import attention, epoch, models, plans, sampler, training
+from benchmarks.gpu import attention, epoch, job, models, plans, sampler, training
 from benchmarks.gpu.cases import MACHINE, print_case, run_part, start_case
 from benchmarks.gpu.figures import Case, Document, format_table, read_figures
 from benchmarks.timer import TimeBudget
@@ -42,7 +44,7 @@ from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import UserError, script
 from dit_video.core.platform.compilation_cache import enable_compilation_cache
 
-PART_SECONDS = {"attention": 420, "training": 540, "epoch": 480, "plans": 540, "sampling": 420}
+PART_SECONDS = {"attention": 150, "training": 150, "job": 90, "epoch": 120, "sampling": 120, "plans": 90}
 """Budget of each part."""
 _PROBE_SECONDS = 120
 
@@ -53,9 +55,10 @@ def list_cases(platform: str, *, is_small: bool) -> dict[str, list[Case]]:
     return {
         "attention": attention.list_cases(platform, attention.SMALL if is_small else attention.AttentionSize()),
         "training": training.list_cases(size),
+        "job": job.list_cases(),
         "epoch": epoch.list_cases(epoch.SMALL if is_small else epoch.FULL),
-        "plans": plans.list_cases(size),
         "sampling": sampler.list_cases(sampler.SMALL if is_small else sampler.FULL),
+        "plans": plans.list_cases(size),
     }
 
 

@@ -1,6 +1,7 @@
 """Running of cases in processes of their own: one that fails, or takes too long, does not end the others."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -38,7 +39,7 @@ def run_part(part: str, cases: Sequence[Case], document: Document, *, seconds: f
         print(f"{part}: {case.name}, {budget.remaining:.0f} s left", file=sys.stderr, flush=True)
         machine: dict[str, Any] = {}
         reason = "the case ended without it"
-        for name, value in start_case(part, case.name, budget, arguments):
+        for name, value in start_case(part, case.name, budget, arguments, flags=case.flags):
             if name == MACHINE:
                 machine = {key: value[key] for key in ("device", "jax", "date")}
                 document.add_details(part, case.name, {MACHINE: value})
@@ -56,10 +57,29 @@ def run_part(part: str, cases: Sequence[Case], document: Document, *, seconds: f
             document.mark_unmeasured(part, case, reason)
 
 
-def start_case(part: str, name: str, budget: TimeBudget, arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Start a case's process and yield what it prints, with a reason if it fails; end it when the budget is spent."""
+def start_case(
+    part: str,
+    name: str,
+    budget: TimeBudget,
+    arguments: Sequence[str],
+    *,
+    flags: Sequence[str] = (),
+) -> Iterator[tuple[str, Any]]:
+    """Start a case's process and yield what it prints, with a reason if it fails; end it when the budget is spent.
+
+    Args:
+      part: Name of the part.
+      name: Name of the case.
+      budget: Seconds that are left.
+      arguments: Further command-line arguments.
+      flags: Flags of XLA, besides those of this process.
+    """
     command = [*get_command_prefix(sys.orig_argv, sys.argv), part, "--case", name, *arguments]
-    process = subprocess.Popen([*command, "--seconds", f"{budget.remaining:.0f}"], stdout=subprocess.PIPE, text=True)
+    command += ["--seconds", f"{budget.remaining:.0f}"]
+    environment = dict(os.environ)
+    if flags:
+        environment["XLA_FLAGS"] = " ".join([environment.get("XLA_FLAGS", ""), *flags]).strip()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     timer = threading.Timer(budget.remaining, process.kill)
     timer.start()

@@ -38,6 +38,13 @@ class Case:
     figures: tuple[Figure, ...]
     measure: Callable[[TimeBudget], Iterator[tuple[str, Any]]]
     """Function that yields names of figures and their values, each as soon as it is known."""
+    flags: tuple[str, ...] = ()
+    """Flags of XLA of its process, besides those of all."""
+
+
+def count_clips(clips: int) -> str:
+    """Return the number of clips of a row as text."""
+    return f"{clips} clip{'s' if clips > 1 else ''} a row"
 
 
 def describe_machine() -> dict[str, Any]:

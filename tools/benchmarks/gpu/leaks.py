@@ -6,6 +6,7 @@ leaks, the outputs and gradients of a clip are equal bit for bit whatever the ot
 depend on the order of their threads differ from run to run; there a change must not exceed that difference.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -22,7 +23,9 @@ from dit_video.nn.attention.dense import DenseAttention
 MAX_ERRORS = {"float32": 2e-5, "bfloat16": 2e-2}
 """Largest difference from the reference, relative to its largest value: about 100 roundings of float32, and 5 of
 bfloat16, in which backends round the scores' exponentials, the result and the gradients."""
-HALF_PRECISION = ("cudnn", "tokamax")
+KINDS = ("self, several clips", "cross, several clips", "self, one clip", "cross, one clip")
+"""Kinds of inputs: self-attention and cross-attention, with several clips a row and with one."""
+HALF_PRECISION = ("cudnn",)
 """Backends without float32."""
 SKIPPING = ("cudnn",)
 """Backends that promise not to read the tokens of other clips at all."""
@@ -43,12 +46,14 @@ class CheckedSize:
     """Number of text tokens of a row."""
 
 
-def list_figures(backend: str) -> tuple[Figure, ...]:
-    """Return the figures of a backend."""
+def list_figures(backend: str, kind: str) -> tuple[Figure, ...]:
+    """Return the figures of a backend for a kind of inputs."""
     figures = []
     for dtype in list_dtypes(backend):
-        figures.append(Figure(name=name_error(backend, dtype), target=f"<= {MAX_ERRORS[dtype]:g}"))
-        figures += [Figure(name=name_leaks(backend, dtype, others), target="0") for others in list_others(backend)]
+        figures.append(Figure(name=name_error(backend, kind, dtype), target=f"<= {MAX_ERRORS[dtype]:g}"))
+        figures += [
+            Figure(name=name_leaks(backend, kind, dtype, others), target="0") for others in list_others(backend)
+        ]
     return tuple(figures)
 
 
@@ -60,16 +65,16 @@ def list_others(backend: str) -> tuple[Others, ...]:
     return ("large", "not finite") if backend in SKIPPING else ("large",)
 
 
-def name_error(backend: str, dtype: str) -> str:
-    return f"{backend}, {dtype}: largest error of values and gradients, relative to the largest"
+def name_error(backend: str, kind: str, dtype: str) -> str:
+    return f"{backend}, {kind}, {dtype}: largest error of values and gradients, relative to the largest"
 
 
-def name_leaks(backend: str, dtype: str, others: Others) -> str:
-    return f"{backend}, {dtype}: values and gradients of a clip that depend on others that are {others}"
+def name_leaks(backend: str, kind: str, dtype: str, others: Others) -> str:
+    return f"{backend}, {kind}, {dtype}: values and gradients of a clip that depend on others that are {others}"
 
 
 def make_inputs(size: CheckedSize) -> dict[str, AttentionInputs]:
-    """Return the inputs of self-attention and of cross-attention, with several clips a row and with one."""
+    """Return the inputs of each of `KINDS`."""
     tokens, text = size.tokens, size.text
     segments = np.zeros((4, tokens), np.int32)
     first, second = tokens * 5 // 16 - 1, tokens * 13 // 16 - 3  # not aligned to blocks
@@ -103,24 +108,20 @@ def draw_arrays(size: CheckedSize, inputs: AttentionInputs, dtype: Any) -> list[
 
 
 def check_backend(
-    attention: Attention, backend: str, size: CheckedSize, budget: TimeBudget
+    attention: Attention, backend: str, kind: str, size: CheckedSize, budget: TimeBudget
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the errors and the leaks of a backend."""
+    """Yield the errors and the leaks of a backend for a kind of inputs."""
+    inputs = make_inputs(size)[kind]
+    clip = int(inputs.contiguous is not None and inputs.contiguous.count > 1) + 1
     for dtype in list_dtypes(backend):
-        errors, leaks = {}, {}
-        for kind, inputs in make_inputs(size).items():
-            budget.check()
-            arrays = draw_arrays(size, inputs, dtype)
-            errors[kind] = measure_error(attention, arrays, inputs)
-            clip = int(inputs.contiguous is not None and inputs.contiguous.count > 1) + 1
-            for others in list_others(backend):
-                leaks[kind, others] = count_leaks(attention, arrays, inputs, clip=clip, others=others)
-            by_others = {others: value._asdict() for (name, others), value in leaks.items() if name == kind}
-            yield DETAILS, {f"{dtype}, {kind}": {"error": errors[kind], "leaks": by_others}}
-        yield name_error(backend, dtype), max(errors.values())
+        arrays = draw_arrays(size, inputs, dtype)
+        budget.check()
+        yield name_error(backend, kind, dtype), measure_error(attention, arrays, inputs)
         for others in list_others(backend):
-            counts = [each.number for (_, name), each in leaks.items() if name == others]
-            yield name_leaks(backend, dtype, others), sum(counts)
+            budget.check()
+            found = count_leaks(attention, arrays, inputs, clip=clip, others=others)
+            yield DETAILS, {f"{dtype}, {others}": found._asdict()}
+            yield name_leaks(backend, kind, dtype, others), found.number
 
 
 def measure_error(attention: Attention, arrays: Sequence[jax.Array], inputs: AttentionInputs) -> float:
@@ -182,11 +183,11 @@ def _draw_others(x: jax.Array, number: int, others: Others) -> jax.Array:
 
 def compute_gradients(attention: Attention, arrays: Sequence[jax.Array], inputs: AttentionInputs) -> list[np.ndarray]:
     """Return the output, and the gradients of queries, keys and values, in float32."""
+    return [np.asarray(x) for x in _differentiate(attention, list(arrays), inputs)]
 
-    @jax.jit
-    def run(arrays, inputs):
-        *qkv, d_out = arrays
-        out, back = jax.vjp(lambda q, k, v: attention(q, k, v, inputs), *qkv)
-        return [x.astype(jnp.float32) for x in (out, *back(d_out.astype(out.dtype)))]
 
-    return [np.asarray(x) for x in run(list(arrays), inputs)]
+@functools.partial(jax.jit, static_argnums=0)
+def _differentiate(attention: Attention, arrays: list[jax.Array], inputs: AttentionInputs) -> list[jax.Array]:
+    *qkv, d_out = arrays
+    out, back = jax.vjp(lambda q, k, v: attention(q, k, v, inputs), *qkv)
+    return [x.astype(jnp.float32) for x in (out, *back(d_out.astype(out.dtype)))]

@@ -84,7 +84,7 @@ def _make_model(width: int, layers: int, heads: int, context_width: int = 4096) 
 
 
 FULL = TrainingSize(
-    models={"1.3 B": _make_model(2048, 19, 16), "3 B": _make_model(2560, 28, 20), "0.1 B": _make_model(768, 10, 6)},
+    models={"1.3 B": _make_model(2048, 19, 16), "0.1 B": _make_model(768, 10, 6)},
     tokens=32_768,
     # 81 frames of 480×832, and 13 frames of 512×512.
     clips={1: (Grid(21, 30, 52),), 8: (Grid(4, 32, 32),) * 8},
@@ -283,18 +283,36 @@ def fits(compiled: CompiledStep, machine: Machine) -> bool:
     return compiled.executable is not None and compiled.memory.peak <= machine.memory
 
 
-def time_steps(training: Training, compiled: CompiledStep, budget: TimeBudget, steps: int) -> tuple[list[float], float]:
-    """Run the compiled step, and return the seconds of each of up to `steps` steps, and the last loss.
+class TimedSteps(NamedTuple):
+    """Steps that were timed."""
+
+    seconds: list[float]
+    loss: float
+    """Loss of the last one."""
+    repeat: Callable[[int], Any]
+    """Function that runs so many steps more, and returns the state."""
+
+
+def time_steps(training: Training, compiled: CompiledStep, budget: TimeBudget, steps: int) -> TimedSteps:
+    """Run the compiled step, and return the seconds of each of up to `steps` steps.
 
     It is at least one step, after the warmup.
     """
-    assert compiled.executable is not None
+    executable = compiled.executable
+    assert executable is not None
     state, batch = training.init_state(), shard_batch(training.batch, training.mesh)
     jax.block_until_ready((state, batch))
     seconds: list[float] = []
     while len(seconds) < _WARMUP_STEPS + 1 or (len(seconds) < _WARMUP_STEPS + steps and not budget.is_spent):
         start = time.perf_counter()
-        state, metrics = compiled.executable(state, batch, ())
+        state, metrics = executable(state, batch, ())
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - start)
-    return seconds[_WARMUP_STEPS:], float(metrics["loss"])
+
+    def repeat(count: int) -> Any:
+        nonlocal state
+        for _ in range(count):
+            state, _ = executable(state, batch, ())
+        return state
+
+    return TimedSteps(seconds[_WARMUP_STEPS:], float(metrics["loss"]), repeat)
