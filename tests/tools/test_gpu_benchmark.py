@@ -383,7 +383,7 @@ def test_mistakes_are_reported_in_one_line(script, tmp_path, arguments, message)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", mark_nightly_except(("attention", "training"), PARTS))
+@pytest.mark.parametrize("part", mark_nightly_except(("training",), PARTS))
 def test_a_part_is_rehearsed_where_only_the_packages_of_the_gpu_machine_are_installed(part, tmp_path):
     target = tmp_path / "figures.json"
     command = [sys.executable, "-P", PROGRAMS / "script_without_packages.py", TOOL, part, "--small", "--json", target]
