@@ -1,4 +1,4 @@
-"""A model that continues scenes with gravity, bounces and collisions, to be judged by laws of motion, in half an hour.
+"""A model that continues scenes with gravity, bounces and collisions, to be judged by laws of motion, within an hour.
 
     python tools/render_scenes.py --out runs/scenes/physics --count 5000 --levels 3 --frames 9 17 17 25 33 \
         --sides 48 48 48 80 80 48 64 64
