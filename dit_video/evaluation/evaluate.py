@@ -6,7 +6,6 @@ from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dit_video.core import config_json
@@ -26,6 +25,7 @@ from dit_video.sampling.clip_recipe import describe_config
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.preparation import EmptyCodec, check_requests
+from dit_video.sampling.request import Request
 from dit_video.sampling.tasks.task_file import get_entry_prompt, make_request
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
@@ -113,10 +113,9 @@ def evaluate_in_background(
     return executor.submit(finish) if is_first_process() else None
 
 
-class _OpenEvaluation(NamedTuple):
-    """A protocol that is ready to be sampled and measured."""
+class _Plan(NamedTuple):
+    """What a protocol samples and measures of a model."""
 
-    pipeline: Pipeline
     protocol: EvaluationProtocol
     """Protocol, completed by what the model determines."""
     data: EvaluationData
@@ -124,10 +123,17 @@ class _OpenEvaluation(NamedTuple):
     sampling: Sampling
     reconstructions: ClipSet | None
     """Reconstructions of the data, made when they are read; None if no metric needs them."""
-    folder: Path = Path()
-    samples: SampleFolder | None = None
+
+
+class _OpenEvaluation(NamedTuple):
+    """A plan that is ready to be sampled and measured."""
+
+    pipeline: Pipeline
+    plan: _Plan
+    folder: Path
+    samples: SampleFolder | None
     """Folder of the samples; None if nothing is sampled."""
-    model: Mapping[str, Any] = MappingProxyType({})
+    model: dict[str, Any]
     """Description of the weights, which a training changes later."""
 
 
@@ -142,14 +148,14 @@ def _open(
     share: Callable[[], AbstractContextManager[None]] | None,
     is_alone: bool = False,
 ) -> _OpenEvaluation:
-    opened = _plan(pipeline, protocol, data, sampling, is_alone=is_alone)
+    plan = _make_plan(pipeline, protocol, data, sampling, is_alone=is_alone)
     samples = None
-    if opened.items:
+    if plan.items:
         samples = SampleFolder(
             folder / SAMPLES_FOLDER,
             pipeline,
-            [item.entry for item in opened.items],
-            sampling=opened.sampling,
+            [item.entry for item in plan.items],
+            sampling=plan.sampling,
             codec=protocol.codec,
             crf=protocol.crf,
             replace_others=replace_samples,
@@ -157,32 +163,32 @@ def _open(
         )
     weights = pipeline.compute_digest() if samples is None else samples.weights
     described = {"weights": weights, "parameters": pipeline.count_parameters()}
-    return opened._replace(folder=folder, samples=samples, model=described)
+    return _OpenEvaluation(pipeline, plan, folder, samples, described)
 
 
-def _plan(
+def _make_plan(
     pipeline: Pipeline,
     protocol: EvaluationProtocol,
     data: EvaluationData | None,
     sampling: Sampling | None,
     *,
     is_alone: bool = False,
-) -> _OpenEvaluation:
-    """Return an evaluation without its samples, once it is known that the model can make and measure all of them."""
+) -> _Plan:
+    """Return the plan of an evaluation, once it is known that the model can make and measure all of it."""
     sampling, data = pipeline.make_sampling(sampling), protocol.make_data(data)
     items, reconstructions = tuple(protocol.make_items(pipeline, data)), None
-    made = (make_request(item.entry, pipeline.config) for item in items)
-    check_requests(pipeline.config, [request for request in made if request is not None], sampling)
+    requests = [make_request(item.entry, pipeline.config) for item in items]
+    check_requests(pipeline.config, [request for request in requests if request is not None], sampling)
     needs_reconstructions = protocol.is_reconstruction or any(CLIP_NEEDS & {*each.needs} for each in protocol.metrics)
     if not is_alone and data.clips.names and needs_reconstructions:
         protocol, reconstructions = reconstruct(pipeline.codec, protocol, data.clips)
     if not is_alone:
-        planned = _plan_samples(items, pipeline.config)
+        planned = _plan_samples(items, requests)
         if protocol.is_reconstruction and reconstructions is not None:
             planned = reconstructions
         real_clips = data.clips if data.clips.names else None
         check_computable(protocol, list_inputs(planned, real_clips, reconstructions, pipeline))
-    return _OpenEvaluation(pipeline, protocol, data, items, sampling, reconstructions)
+    return _Plan(protocol, data, items, sampling, reconstructions)
 
 
 class _EmptyPipeline(Pipeline):
@@ -198,15 +204,15 @@ def check_evaluation(config: PipelineConfig, protocol: EvaluationProtocol, data:
     Raises:
       UserError: If `evaluate` would refuse the protocol, the data or the sampling of the config.
     """
-    _plan(_EmptyPipeline(config), protocol, data, None)
+    _make_plan(_EmptyPipeline(config), protocol, data, None)
 
 
-def _plan_samples(items: Sequence[EvaluationItem], config: PipelineConfig) -> ClipSet:
+def _plan_samples(items: Sequence[EvaluationItem], requests: Sequence[Request | None]) -> ClipSet:
     """Return the set of the samples before they are made: prompts, references and true contents.
 
     The samples are named by their prompts.
     """
-    prompts = tuple(get_entry_prompt(item.entry, make_request(item.entry, config)) for item in items)
+    prompts = tuple(get_entry_prompt(item.entry, request) for item, request in zip(items, requests, strict=True))
     return _add_references(NO_CLIPS._replace(names=prompts, captions=prompts), items)
 
 
@@ -227,31 +233,31 @@ def _measure(
     average: Mapping[str, float | None] | None = None,
     is_alone: bool = False,
 ) -> EvaluationResult:
-    pipeline, protocol, items = opened.pipeline, opened.protocol, opened.items
+    pipeline, (protocol, data, items, sampling, reconstructions) = opened.pipeline, opened.plan
     model = pipeline.config.model
     recorded: dict[str, Any] = {"average": dict(average or {})}
     if items:
-        recorded["sampling"] = describe_config(opened.sampling)
+        recorded["sampling"] = describe_config(sampling)
     elif protocol.is_reconstruction:
         recorded["autoencoder"] = config_json.to_json(model.autoencoder)
-    elif opened.reconstructions is None:
+    elif reconstructions is None:
         recorded["autoencoder"] = compute_autoencoder_identity(model.autoencoder, pipeline.codec.params)
         recorded["objective"] = [config_json.to_json(model.process), config_json.to_json(model.prediction)]
-    if protocol.is_reconstruction and opened.reconstructions is not None:
-        samples = opened.reconstructions
+    if protocol.is_reconstruction and reconstructions is not None:
+        samples = reconstructions
     result = measure(
         _add_references(samples, items),
         protocol,
         opened.folder,
-        real_clips=opened.data.clips if opened.data.clips.names else None,
-        reconstructions=opened.reconstructions,
-        make_baseline=_open_baseline(opened.data, protocol, model.autoencoder.stride),
+        real_clips=data.clips if data.clips.names else None,
+        reconstructions=reconstructions,
+        make_baseline=_open_baseline(data, protocol, model.autoencoder.stride),
         pipeline=None if is_alone else pipeline,
         recorded=recorded,
         model=opened.model,
         is_alone=is_alone,
     )
-    return result._replace(items=items, sampling=opened.sampling if items else None)
+    return result._replace(items=items, sampling=sampling if items else None)
 
 
 def evaluate_autoencoder(

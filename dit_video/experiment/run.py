@@ -550,6 +550,8 @@ class Run:
         self.clips.select(self.experiment.data.held_out)  # raises for an unknown name
         for stage in self.stages:
             stage.check(self)
+        if self.has_begun("denoiser"):
+            self.check_kept_clips()
         if self.process:
             return
         is_amended = len(self.amendments) > len(Run.open(self.folder).amendments)

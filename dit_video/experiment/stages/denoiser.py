@@ -182,8 +182,6 @@ class TrainDenoiser(DenoiserTraining, Stage):
                 latents.check_latents(run, folder)
             if not run.data.cache_latents or not latents.are_encoded(folder):
                 run.open_conditioning()
-        if whole.has_begun("denoiser"):
-            whole.check_kept_clips()
         self._check_evaluation(whole)
 
     def encode_latents(self, run: Run) -> None:
