@@ -30,7 +30,7 @@ class TrainState:
 
 
 class CompositeState:
-    """A state of the model and of a second network; its step and averages are the model's."""
+    """A state of the model and of a second network; its step, averages and moments are the model's."""
 
     model: TrainState
 
@@ -45,6 +45,10 @@ class CompositeState:
     @property
     def params(self) -> dict[str, Any]:
         return self.model.params
+
+    @property
+    def opt_state(self) -> PyTree:
+        return self.model.opt_state
 
     @property
     def averages(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dit_video.data.packing.plan import RowPlanner
 from dit_video.data.rows import RowStream
 from dit_video.distributed import make_shardings
 from dit_video.distributed.faults.progress import declare_phase
-from dit_video.experiment.self_check import data_checks, objective_checks
+from dit_video.experiment.self_check import data_checks, objective_checks, student_checks
 from dit_video.experiment.self_check.context_checks import check_context_parallel
 from dit_video.experiment.self_check.model_checks import Gradient, GradientProbe, check_gradient, check_model, perturb
 from dit_video.experiment.self_check.step_checks import (
@@ -31,6 +31,7 @@ from dit_video.experiment.self_check.subject import FILE, CheckedTraining, Probl
 from dit_video.tokens import PackedBatch
 from dit_video.training.digests import compute_digests
 from dit_video.training.hooks.hook import Hook
+from dit_video.training.losses.distillation import StudentStep
 from dit_video.training.step import GradientStep
 
 STATE_FILE = "self_check_state.json"
@@ -100,12 +101,12 @@ class SelfCheck(Hook):
         self._batches: CheckedBatches | None = None
         self._start = 0
         self._tokens: list[np.ndarray] = []
-        self._used: Mapping[str, bool] = {}
-        self._digests: tuple[int, Mapping[str, int]] | None = None
+        self._used: dict[str, Mapping[str, bool]] = {}
+        """Whether the loss of each network depends on its parameters."""
+        self._digests: tuple[int, Mapping[str, Mapping[str, int]]] | None = None
         self._before: Any = None
         self._gradient: Gradient | None = None
-        step = subject.trainer.train_step
-        self._loss = step.loss if isinstance(step, GradientStep) else None
+        self._probe: GradientProbe | None = None
 
     def watch(self, batches: RowStream, start: int) -> CheckedBatches:
         """Return the same batches, which this hook sees; `start` is the step of the first one."""
@@ -123,11 +124,10 @@ class SelfCheck(Hook):
             with declare_phase("self-check"):
                 self._log.add(step, self._check_start(step, state, batches))
         self._log.add(step, self._check_batch(done, step, batches), is_local=True)
-        if self._loss is not None:
-            self._log.add(step, self._check_step(done, step, state, metrics, batches))
+        self._log.add(step, self._check_step(done, step, state, metrics, batches))
 
     def before_save(self, step: int, state: Any) -> None:
-        if self._loss is not None and step > self._start:
+        if step > self._start:
             values = self._reader.read(state)
             if self._is_first_process:
                 write_state_values(self._folder / STATE_FILE, step, values)
@@ -155,18 +155,24 @@ class SelfCheck(Hook):
         problems += objective_checks.check_caption_dropout(subject, draws)
         problems += check_model(subject, params, rows)
         problems += check_context_parallel(subject, params, rows)
-        if self._loss is None:
-            return problems
-        self._reader = ValueReader(subject, state.params)
-        self._probe = probe = GradientProbe(subject, self._loss, self._reader, state.params)
-        problems += objective_checks.check_loss_mean(
-            lambda rows, step: probe.compute_loss(params, rows, step), rows, draws
-        )
         problems += objective_checks.check_precision(state)
-        gradient_problems, self._used = check_gradient(subject, self._probe, params, rows)
-        problems += gradient_problems + check_adapter_paths(subject, state.params)
-        if subject.trained.lora is not None and subject.training.accumulation_steps == 1:
-            problems += check_adapter_scale(subject, params, rows, probe.compute_loss(params, rows, 0))
+        problems += check_adapter_paths(subject, state.params)
+        self._reader = ValueReader(subject, state.params)
+        train_step = subject.trainer.train_step
+        if isinstance(train_step, GradientStep):
+            self._probe = probe = GradientProbe(subject, train_step.loss, self._reader, state.params)
+            problems += objective_checks.check_loss_mean(
+                lambda rows, step: probe.compute_loss(params, rows, step), rows, draws
+            )
+            gradient_problems, self._used["model"] = check_gradient(subject, probe, params, rows)
+            problems += gradient_problems
+            if subject.trained.lora is not None and subject.training.accumulation_steps == 1:
+                problems += check_adapter_scale(subject, params, rows, probe.compute_loss(params, rows, 0))
+        elif isinstance(train_step, StudentStep):
+            moved = student_checks.find_moved(subject, train_step, state, rows)
+            problems += student_checks.check_moved(subject, moved)
+            self._used = {name: gradients[name] for name, gradients in moved.items()}
+            problems += student_checks.check_times(subject, train_step, rows)
         if batches.step != step - 1 - subject.trainer.start_step:
             message = f"step {step} is trained on the batch of step {batches.step + 1 + subject.trainer.start_step}"
             problems.append(Problem("resume", message))
@@ -218,12 +224,21 @@ class SelfCheck(Hook):
                 problems += check_gradient_norm(logged, gradient.norm, step=step)
         if done + 1 in _UPDATE_STEPS or step % _INTERVAL == 0:
             self._before = self._reader.read_later(state)
-            if done + 1 in _UPDATE_STEPS:
+            if self._probe is not None and done + 1 in _UPDATE_STEPS:
                 self._gradient = self._probe.compute(state.params, batches.peek(), step)
         if done == _CHANGE_STEPS[0]:
-            self._digests = step, compute_digests(flatten(state.params))
+            self._digests = step, self._compute_digests(state)
         elif done == _CHANGE_STEPS[1] and self._digests is not None:
             first, digests = self._digests
-            last = compute_digests(flatten(state.params))
-            problems += check_changes(self._subject, digests, last, self._used, steps=step - first)
+            for name, last in self._compute_digests(state).items():
+                used = self._used.get(name, {})
+                problems += check_changes(self._subject, digests[name], last, used, steps=step - first, name=name)
         return problems
+
+    def _compute_digests(self, state: Any) -> Mapping[str, Mapping[str, int]]:
+        """Return the digests of all that is trained, by the name of the network."""
+        step, trained = self._subject.trainer.train_step, {"model": state.params}
+        if isinstance(step, StudentStep):
+            params = step.get_params(state)
+            trained = {name: params[name] for name in step.losses}
+        return {name: compute_digests(flatten(params)) for name, params in trained.items()}

@@ -338,7 +338,13 @@ def check_gradient_norm(logged: float, expected: float, *, step: int) -> list[Pr
 
 
 def check_changes(
-    subject: CheckedTraining, first: Mapping[str, int], last: Mapping[str, int], used: Mapping[str, bool], *, steps: int
+    subject: CheckedTraining,
+    first: Mapping[str, int],
+    last: Mapping[str, int],
+    used: Mapping[str, bool],
+    *,
+    steps: int,
+    name: str = "model",
 ) -> list[Problem]:
     """Check that parameters which the loss depends on have changed between two steps, by their digests.
 
@@ -348,14 +354,15 @@ def check_changes(
       last: Digests at the last step.
       used: Whether the loss depends on the parameter.
       steps: Number of steps in between.
+      name: Name of the network.
     """
     problems = []
     for path, digest in first.items():
         is_trained = subject.is_trained(path)
         if is_trained and used.get(path, True) and last[path] == digest:
-            problems.append(f"{path} is trained, but has not changed in {steps} steps")
+            problems.append(f"{path} of the {name} is trained, but has not changed in {steps} steps")
         if not is_trained and last[path] != digest:
-            problems.append(f"{path} is frozen, but has changed in {steps} steps")
+            problems.append(f"{path} of the {name} is frozen, but has changed in {steps} steps")
     return [Problem("trained_parameters", each) for each in problems]
 
 

@@ -4,7 +4,8 @@ The teacher's guidance is distilled into the student, which is sampled without. 
 `MatchingStep`.
 """
 
-from collections.abc import Callable
+import abc
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,15 +162,25 @@ class ConsistencyLoss(_DistillationLoss):
         self, params: PyTree, ema: PyTree, rows: PackedBatch, step: Array, teacher: PyTree
     ) -> Float[Array, ""]:
         """Return the mean loss over the clips, each at its own time."""
-        process, intervals = self.denoiser.objective.process, self.config.intervals
-        index = jnp.minimum(jnp.floor(self.draw_uniform("time", rows, step) * intervals), intervals - 1)
-        time, next_time = (self.shift_times(1 - (index + offset) / intervals, rows) for offset in (0, 1))
+        process = self.denoiser.objective.process
+        time, next_time = self._draw_interval(rows, step)
         noisy = process.add_noise(jnp.asarray(rows.tokens), self.draw_noise("noise", rows, step), time)
         teacher_estimator = self.make_estimator(self.make_guided_denoise(teacher, rows, self.config.guidance))
         next_noisy = jax.lax.stop_gradient(step_along_flow(teacher_estimator, process, noisy, time, next_time))
         student, target = self.make_consistency_function(params, rows), self.make_consistency_function(ema, rows)
         per_token = consistency_loss(student, target, noisy, next_noisy, time, next_time, width=self.config.width)
         return self.mean_over_clips(per_token, rows)
+
+    def draw_time(self, rows: PackedBatch, step: Array) -> Float[Array, "B N 1"]:
+        """Return the times at which the student is trained in a step."""
+        return self._draw_interval(rows, step)[0]
+
+    def _draw_interval(self, rows: PackedBatch, step: Array) -> tuple[Float[Array, "B N 1"], Float[Array, "B N 1"]]:
+        """Return the times at the beginning and the end of a teacher's step."""
+        intervals = self.config.intervals
+        index = jnp.minimum(jnp.floor(self.draw_uniform("time", rows, step) * intervals), intervals - 1)
+        time, next_time = (self.shift_times(1 - (index + offset) / intervals, rows) for offset in (0, 1))
+        return time, next_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,17 +190,11 @@ class MatchingLoss(_DistillationLoss):
     config: DistributionMatching
 
     def __call__(
-        self,
-        params: PyTree,
-        critic: PyTree,
-        student_inputs: tuple[Float[Array, "B N p"], Float[Array, "B N 1"]],
-        rows: PackedBatch,
-        step: Array,
-        teacher: PyTree,
-    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        self, params: PyTree, critic: PyTree, rows: PackedBatch, step: Array, teacher: PyTree
+    ) -> tuple[Float[Array, ""], Metrics]:
         """Return the student's loss, a mean over clips whose scores are compared at their own times, and metrics."""
         process, count = self.denoiser.objective.process, rows.examples.shape[1]
-        generated = self.make_consistency_function(params, rows)(*student_inputs)
+        generated = self.generate(params, rows, step, purpose="student ")
         samples = jax.lax.stop_gradient(generated)
         time = self.shift_times(_TIME_MARGIN + (1 - 2 * _TIME_MARGIN) * self.draw_uniform("time", rows, step), rows)
         noisy = process.add_noise(samples, self.draw_noise("noise", rows, step), time)
@@ -200,10 +205,9 @@ class MatchingLoss(_DistillationLoss):
         metrics = {"distance": (distances * rows.valid).sum() / jnp.maximum(rows.valid.sum(), 1)}
         return self.mean_over_clips(matching_loss(generated, jax.lax.stop_gradient(gradient)), rows), metrics
 
-    def critic_loss(
-        self, critic: PyTree, samples: Float[Array, "B N p"], rows: PackedBatch, step: Array
-    ) -> Float[Array, ""]:
-        """Return the loss of the critic: denoising of samples at the times that the teacher was trained at."""
+    def critic_loss(self, critic: PyTree, params: PyTree, rows: PackedBatch, step: Array) -> Float[Array, ""]:
+        """Return the critic's loss: denoising of the student's samples at times that the teacher was trained at."""
+        samples = jax.lax.stop_gradient(self.generate(params, rows, step))
         time = self.denoiser.objective.compute_time(self.draw_uniform("critic time", rows, step), get_clip_sizes(rows))
         time = expand_to_tokens(time, rows.segments)
         noise = self.draw_noise("critic noise", rows, step)
@@ -213,26 +217,35 @@ class MatchingLoss(_DistillationLoss):
         )
         return self.mean_over_clips(per_token, rows)
 
-    def draw_student_inputs(
-        self, params: PyTree, rows: PackedBatch, step: Array, *, purpose: str = ""
-    ) -> tuple[Float[Array, "B N p"], Float[Array, "B N 1"]]:
-        """Return the input of one of the student's steps, drawn for the whole batch, and its time.
+    def generate(self, params: PyTree, rows: PackedBatch, step: Array, *, purpose: str = "") -> Float[Array, "B N p"]:
+        """Return the student's samples by one of its steps, drawn for the whole batch.
 
-        It is the output of the student's earlier steps, as in sampling (arXiv 2405.14867, section 4.5).
+        Its input is the output of the student's earlier steps, as in sampling (arXiv 2405.14867, section 4.5), through
+        which no gradient passes.
         """
-        process, steps = self.denoiser.objective.process, self.config.steps
-        ones = jnp.ones(rows.examples.shape)
-        times = jnp.stack([self.shift_times((1 - number / steps) * ones, rows) for number in range(steps + 1)])
-        step_key = jax.random.fold_in(key(self.denoiser.seed, f"{purpose}generator step"), step)
-        index: Int[Array, ""] = jax.random.randint(step_key, (), 0, steps)
+        index, times = self._draw_index(step, purpose), self._make_times(rows)
 
         def draw(number):
             return self.draw_noise(f"{purpose}generator noise", rows, step, number + 1)
 
         initial_noise = self.draw_noise(f"{purpose}generator noise", rows, step)
-        consistency = self.make_consistency_function(params, rows)
-        noisy = run_multistep(consistency, initial_noise, times, process=process, noise_fn=draw, steps=index)
-        return noisy, times[index]
+        earlier = self.make_consistency_function(jax.lax.stop_gradient(params), rows)
+        process = self.denoiser.objective.process
+        noisy = run_multistep(earlier, initial_noise, times, process=process, noise_fn=draw, steps=index)
+        return self.make_consistency_function(params, rows)(noisy, times[index])
+
+    def draw_time(self, rows: PackedBatch, step: Array) -> Float[Array, "B N 1"]:
+        """Return the times at which the student is trained in a step."""
+        return self._make_times(rows)[self._draw_index(step, "student ")]
+
+    def _draw_index(self, step: Array, purpose: str) -> Int[Array, ""]:
+        step_key = jax.random.fold_in(key(self.denoiser.seed, f"{purpose}generator step"), step)
+        return jax.random.randint(step_key, (), 0, self.config.steps)
+
+    def _make_times(self, rows: PackedBatch) -> Float[Array, "steps B N 1"]:
+        """Return the times of the student's steps, and 0."""
+        steps, ones = self.config.steps, jnp.ones(rows.examples.shape)
+        return jnp.stack([self.shift_times((1 - number / steps) * ones, rows) for number in range(steps + 1)])
 
 
 @flax.struct.dataclass
@@ -289,20 +302,48 @@ def make_distillation_step(
     return MatchingStep(loss=MatchingLoss(config=config, denoiser=loss), **options)
 
 
+ParameterLoss = Callable[[dict[str, PyTree], PackedBatch, Array, PyTree], tuple[Float[Array, ""], Metrics]]
+"""Function of all parameters by their names, rows, step and teacher that returns a loss and metrics."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class _StudentStep(ModelStep):
-    """The step of a student, whose trained parameters are a model's, or the factors of an adapter of the teacher."""
+class StudentStep(ModelStep, abc.ABC):
+    """The step of a student and of what is trained with it, whose parameters are a model's or an adapter's factors.
 
+    The parameters have the names "student" and, depending on the method, "critic" and "average".
+    """
+
+    loss: ConsistencyLoss | MatchingLoss
+    """Losses, of parameters of models."""
     lora_scale: float | None = None
-    """Scale of the adapter, alpha / rank; None where the trained parameters are a model's."""
+    """Scale of the adapter of the teacher, alpha / rank; None where the trained parameters are a model's."""
 
-    def make_params(self, trained: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+    @property
+    @abc.abstractmethod
+    def losses(self) -> Mapping[str, ParameterLoss]:
+        """Return the losses by the names of the parameters that each of them trains."""
+
+    @abc.abstractmethod
+    def get_params(self, state: Any) -> dict[str, PyTree]:
+        """Return all parameters in a state, by their names."""
+
+    def make_params(self, trained: PyTree, teacher: PyTree) -> PyTree:
         """Return the parameters of a model from its trained ones."""
         return trained if self.lora_scale is None else attach_factors(teacher, trained, self.lora_scale)
 
+    def _differentiate(
+        self, name: str, params: dict[str, PyTree], rows: PackedBatch, step: Array, teacher: PyTree
+    ) -> tuple[tuple[Float[Array, ""], Metrics], PyTree]:
+        """Return the loss of the parameters of a name, its metrics, and its gradients with respect to these alone."""
+
+        def compute(trained):
+            return self.losses[name](params | {name: trained}, rows, step, teacher)
+
+        return jax.value_and_grad(compute, has_aux=True)(params[name])
+
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyStep(_StudentStep):
+class ConsistencyStep(StudentStep):
     """The step of a student of `ConsistencyDistillation`.
 
     The target network is the moving average that is also sampled from.
@@ -310,21 +351,27 @@ class ConsistencyStep(_StudentStep):
 
     loss: ConsistencyLoss
 
+    @property
+    def losses(self) -> Mapping[str, ParameterLoss]:
+        return {"student": self._compute_loss}
+
+    def get_params(self, state: TrainState) -> dict[str, PyTree]:
+        return {"student": state.params, "average": state.ema}
+
     def update(self, state: TrainState, batch: PackedBatch, constants: Constants = ()) -> tuple[TrainState, Metrics]:
-        (teacher,) = constants
-        target = self.make_params(state.ema, teacher)
-
-        def compute_loss(trained):
-            return self.loss(self.make_params(trained, teacher), target, batch, state.step, teacher)
-
-        value, gradients = jax.value_and_grad(compute_loss)(state.params)
-        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
+        params = self.get_params(state)
+        (value, metrics), gradients = self._differentiate("student", params, batch, state.step, *constants)
+        metrics |= {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
         next_state = apply_updates(state, gradients, self.optimizer, ema_decay=self.ema_decay)
         return finish_step(state, next_state, batch, metrics)
 
+    def _compute_loss(self, params, rows, step, teacher):
+        student, average = (self.make_params(params[name], teacher) for name in ("student", "average"))
+        return self.loss(student, average, rows, step, teacher), {}
+
 
 @dataclass(frozen=True, kw_only=True)
-class MatchingStep(_StudentStep):
+class MatchingStep(StudentStep):
     """The step of a student and its critic, on a `MatchingState`.
 
     The critic is updated `critic_steps` times, then the student once, with the same optimizer and learning rate. The
@@ -334,41 +381,43 @@ class MatchingStep(_StudentStep):
 
     loss: MatchingLoss
 
+    @property
+    def losses(self) -> Mapping[str, ParameterLoss]:
+        return {"student": self._compute_loss, "critic": self._compute_critic_loss}
+
     def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> MatchingState:
         """Return the state before the first step, with a critic that is initialized from the teacher too."""
         model = super().init(params)
         own = jax.tree.map(jnp.copy, model.params)
         return MatchingState(model=model, critic=CriticState(params=own, opt_state=self.optimizer.init(own)))
 
+    def get_params(self, state: MatchingState) -> dict[str, PyTree]:
+        return {"student": state.model.params, "critic": state.critic.params}
+
     def update(
         self, state: MatchingState, batch: PackedBatch, constants: Constants = ()
     ) -> tuple[MatchingState, Metrics]:
-        (teacher,), loss, count = constants, self.loss, self.loss.config.critic_steps
-        student, student_step = self.make_params(state.model.params, teacher), state.model.step
+        params, step, count = self.get_params(state), state.model.step, self.loss.config.critic_steps
 
         def improve(critic, index):
-            critic_step = student_step * count + index
-            inputs = loss.draw_student_inputs(student, batch, critic_step)
-            samples = jax.lax.stop_gradient(loss.make_consistency_function(student, batch)(*inputs))
-
-            def compute_critic_loss(trained):
-                return loss.critic_loss(self.make_params(trained, teacher), samples, batch, critic_step)
-
-            value, gradients = jax.value_and_grad(compute_critic_loss)(critic.params)
+            current = params | {"critic": critic.params}
+            (value, _), gradients = self._differentiate("critic", current, batch, step * count + index, *constants)
             updates, opt_state = self.optimizer.update(gradients, critic.opt_state, critic.params)
             next_critic = CriticState(params=optax.apply_updates(critic.params, updates), opt_state=opt_state)
             return with_student_learning_rate(next_critic, state.model), value
 
         critic = with_student_learning_rate(state.critic, state.model)
         critic, losses = jax.lax.scan(improve, critic, jnp.arange(count))
-        student_inputs = loss.draw_student_inputs(student, batch, student_step, purpose="student ")
-        critic_params = self.make_params(critic.params, teacher)
-
-        def compute_loss(trained):
-            own = self.make_params(trained, teacher)
-            return loss(own, critic_params, student_inputs, batch, student_step, teacher)
-
-        (value, metrics), gradients = jax.value_and_grad(compute_loss, has_aux=True)(state.model.params)
+        current = params | {"critic": critic.params}
+        (value, metrics), gradients = self._differentiate("student", current, batch, step, *constants)
         metrics |= {"loss": value, "gradient_norm": optax.tree.norm(gradients), "critic": losses.mean()}
         model = apply_updates(state.model, gradients, self.optimizer, ema_decay=self.ema_decay)
         return finish_step(state, MatchingState(model=model, critic=critic), batch, metrics, "critic")
+
+    def _compute_loss(self, params, rows, step, teacher):
+        student, critic = (self.make_params(params[name], teacher) for name in ("student", "critic"))
+        return self.loss(student, critic, rows, step, teacher)
+
+    def _compute_critic_loss(self, params, rows, step, teacher):
+        student, critic = (self.make_params(params[name], teacher) for name in ("student", "critic"))
+        return self.loss.critic_loss(critic, student, rows, step), {}

@@ -73,10 +73,11 @@ def consistency(student, average, rows, step=0):
 
 @jax.jit
 def matching(student, critic, rows, step=1):
-    """Return the value and gradients at a step whose batch already holds the samples of the student."""
+    """Return the value, the metrics, the student's samples and their times."""
     step = jnp.asarray(step)
-    noised = MATCHING.draw_student_inputs(student, rows, step)
-    return MATCHING(student, critic, noised, rows, step, TEACHER), noised
+    value, metrics = MATCHING(student, critic, rows, step, TEACHER)
+    samples = MATCHING.generate(student, rows, step, purpose="student ")
+    return value, metrics, samples, MATCHING.draw_time(rows, step)
 
 
 @pytest.mark.slow
@@ -105,15 +106,10 @@ def test_a_critic_equal_to_the_unguided_teacher_gives_zero_loss():
     rows, step = batch([A, B], [C]), jnp.asarray(0)
     student = params(5)
 
-    @jax.jit
-    def judged(student):
-        noised = unguided.draw_student_inputs(student, rows, step)
-        return unguided(student, TEACHER, noised, rows, step, TEACHER)
-
-    value, figures = judged(student)
+    value, figures = jax.jit(lambda student: unguided(student, TEACHER, rows, step, TEACHER))(student)
     assert value == pytest.approx(0, abs=1e-9)
     assert figures["distance"] > 0.1
-    assert matching(student, TEACHER, rows)[0][0] > 0  # the guided teacher differs
+    assert matching(student, TEACHER, rows)[0] > 0  # the guided teacher differs
 
 
 @pytest.mark.slow
@@ -121,15 +117,15 @@ def test_matching_of_an_example_is_the_same_wherever_it_is_packed():
     student, critic = params(5), params(6)
     alone = [matching(student, critic, batch([one], [])) for one in (A, B, C)]
     for rows in (batch([A, B], [C]), batch([C], [B, A])):
-        (value, _), (noisy, time) = matching(student, critic, rows)
-        assert value == pytest.approx(np.mean([float(one[0][0]) for one in alone]), rel=1e-4)
-        np.testing.assert_allclose(time, float(alone[0][1][1][0, 0, 0]))
-        assert np.isfinite(noisy).all()
+        value, _, samples, time = matching(student, critic, rows)
+        assert value == pytest.approx(np.mean([float(one[0]) for one in alone]), rel=1e-4)
+        np.testing.assert_allclose(time, float(alone[0][3][0, 0, 0]))
+        assert np.isfinite(samples).all()
 
 
 @pytest.mark.slow
 def test_the_student_is_trained_at_all_its_sampling_times():
-    times = {round(float(matching(TEACHER, TEACHER, batch([A], []), step)[1][1].max()), 4) for step in range(20)}
+    times = {round(float(MATCHING.draw_time(batch([A], []), jnp.asarray(step)).max()), 4) for step in range(20)}
     assert times == {1.0, 0.8, 0.5}  # thirds, shifted by 2
 
 
