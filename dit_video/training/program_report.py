@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from dit_video.core.files import read_json, write_json
-from dit_video.core.hlo import AttentionCall, CollectiveTraffic, Program, read_program
+from dit_video.core.hlo import ATTENTION_KERNELS, AttentionCall, CollectiveTraffic, Program, read_program
 from dit_video.core.memory import format_bytes
 from dit_video.core.platform.chips import Chip, find_chip
 from dit_video.core.platform.xla_flags import find_unchecked_release, get_flags
@@ -21,12 +21,6 @@ from dit_video.training.hooks.hook import Hook
 PROGRAM_FILE = "program.json"
 """File of the report in the folder of a training."""
 _Number = TypeVar("_Number", int, float)
-_KERNELS = {
-    "splash": ("tpu_custom_call",),
-    "cudnn": ("__cudnn$fmha",),
-    "tokamax": ("mosaic_gpu", "__gpu$xla.gpu.triton"),
-}
-"""Beginnings of the names of an attention backend's kernels; backends that are left out have none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +167,7 @@ def _find_problems(
     platform: str,
 ) -> Iterator[str]:
     for use, kernels in uses:
-        wanted = _KERNELS.get(use.backend, ())
+        wanted = ATTENTION_KERNELS.get(use.backend, ())
         name = f"{use.kind}-attention of the pattern {use.pattern}"
         if wanted and not any(kernel.startswith(wanted) for kernel in kernels):
             yield f"{name} was to be that of {use.backend}, but the program has none of its kernels"

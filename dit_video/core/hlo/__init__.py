@@ -1,3 +1,3 @@
 """Reader of XLA's compiled programs: operations, memory traffic, kernels and collectives, from their HLO text."""
 
-from dit_video.core.hlo.program import AttentionCall, CollectiveTraffic, Program, read_program
+from dit_video.core.hlo.program import ATTENTION_KERNELS, AttentionCall, CollectiveTraffic, Program, read_program

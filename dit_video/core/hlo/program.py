@@ -26,6 +26,13 @@ from dit_video.core.hlo.text import (
     read_slice_transfer,
 )
 
+ATTENTION_KERNELS = {
+    "splash": ("tpu_custom_call",),
+    "cudnn": ("__cudnn$fmha",),
+    "tokamax": ("mosaic_gpu", "__gpu$xla.gpu.triton"),
+}
+"""Beginnings of the names of an attention backend's kernels; backends that are left out have none."""
+
 
 class AttentionCall(NamedTuple):
     """A kind of attention call, as `nn.attention.api.name_calls` names it in the program."""
@@ -81,7 +88,8 @@ class Program:
     @property
     def kernel_calls(self) -> int:
         """Return the calls of attention kernels."""
-        return sum(count for name, count in self.kernels.items() if _ATTENTION_KERNEL.match(name))
+        beginnings = tuple(each for names in ATTENTION_KERNELS.values() for each in names)
+        return sum(count for name, count in self.kernels.items() if name.startswith(beginnings))
 
 
 def read_program(
@@ -119,7 +127,6 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _OPERATION = re.compile(r'\bop_name="([^"]*)"')
 _PRECISION = re.compile(r"operand_precision=\{(high\w*)")
 _ATTENTION = re.compile(r"attention:(\w+):(\w+):(\w+)")
-_ATTENTION_KERNEL = re.compile(r"tpu_custom_call|__cudnn\$fmha")
 _NO_KERNEL = re.compile(r"Sharding|SPMD|xla\.sdy|AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound")
 """Beginnings of the targets of custom calls that compute nothing."""
 _KIND_ALIASES = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-permute"}
