@@ -8,6 +8,7 @@
     python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology h100:1 --of sampler --fit 24GiB
     python tools/plan.py Wan2.1-T2V-1.3B-Diffusers --topology v5p:2x2x1 --of sampler --size 81x480x832 --offload layers
     python tools/plan.py Wan2.1-T2V-14B-Diffusers --topology v5p:2x2x1 --of sampler --fit 48GB
+    python tools/plan.py Wan2.1-T2V-14B-Diffusers --topology h100:1 --train lora --fit 48GB
     python tools/plan.py --calibrate
 
 The report says whether the step fits, the bytes on each device (parameters, optimizer, EMA, activations, temporary
@@ -18,7 +19,8 @@ install libtpu) but no TPU. For GPUs that are not present, everything is compute
 memory. `--calibrate` measures this machine's devices, and later plans for such chips expect what was measured. `--set`
 changes any scalar of the config: `--set model.backbone.layers=20`.
 
-For a pipeline's folder, the memory of each stage of sampling on one device is reported; only its JSON files are read.
+For a pipeline's folder, the memory of each stage of sampling on one device is reported or, with `--train`, the plan of
+a step of fine-tuning it; only its JSON files are read.
 """
 
 from dit_video.core.platform.scripts import prepare_script
@@ -47,6 +49,7 @@ from dit_video.core.files import write_json
 from dit_video.core.offload import OFFLOADS
 from dit_video.distributed.mesh import parse_parallelism
 from dit_video.experiment import Experiment
+from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.families.family import DEFAULT_DTYPE, DTYPES, LoadOptions
 from dit_video.planning import (
     CHIPS,
@@ -63,7 +66,8 @@ from dit_video.planning.plan import plan_experiment
 from dit_video.planning.suggest import suggest
 
 _EXPERIMENT_OPTIONS = ("parallel", "rows", "clips", "steps", "price", "measure", "suggest", "set")
-_FOLDER_OPTIONS = ("size", "offload", "dtype", "text_dtype")
+_SAMPLING_OPTIONS = ("offload", "text_dtype")
+_FOLDER_OPTIONS = ("train", "size", "dtype", *_SAMPLING_OPTIONS)
 
 
 def main() -> None:
@@ -73,12 +77,11 @@ def main() -> None:
         print(f"written to {calibrate(report=_print_progress).write(folder)}")
         return
     check_arguments(arguments)
-    if arguments.config.is_dir():
+    if arguments.config.is_dir() and arguments.train is None:
         plan_folder(arguments, folder)
         return
-    _refuse_options(arguments, _FOLDER_OPTIONS, "a config, whose fields are set by --set")
     topology, calibration = find_topology(arguments.topology, folder)
-    experiment = read_experiment(arguments.config, arguments.set, rows=arguments.rows)
+    experiment = read_experiment(arguments)
     if arguments.parallel is not None:
         parallel = parse_parallelism(arguments.parallel, experiment.parallel)
         experiment = dataclasses.replace(experiment, parallel=parallel)
@@ -162,6 +165,9 @@ def make_parser() -> ArgumentParser:
         "--measure", action="store_true", help="Run a step and report the devices' memory, if they are present."
     )
     parser.add_argument("--suggest", action="store_true", help="Search mesh, rows (unless --rows is set) and remat.")
+    parser.add_argument(
+        "--train", choices=("lora", "full"), help="Folders: plan the fine-tuning of these weights instead of sampling."
+    )
     parser.add_argument("--size", help="Folders: size of the clip, such as 81x480x832; the pipeline's own by default.")
     parser.add_argument(
         "--offload", choices=tuple(OFFLOADS), help="Folders: weights in host memory; as the memory asks."
@@ -225,17 +231,28 @@ def _print_progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def read_experiment(path: Path, changes: list[str], *, rows: int | None) -> Experiment:
-    """Read the experiment of a config file and change some of its fields.
+def read_experiment(arguments: Any) -> Experiment:
+    """Return the experiment of a config file, or of the fine-tuning of a folder, with some of its fields changed.
 
     Raises:
-      MissingError: If the file does not exist.
-      UserError: If the file defines no experiment, or if a field does not exist or rejects its value.
+      MissingError: If the file does not exist, or the folder lacks parts.
+      UserError: If the file defines no experiment, if a field does not exist or rejects its value, or if the model of
+        the folder cannot be fine-tuned.
     """
-    experiment = read_setting(path)
-    if not isinstance(experiment, Experiment):
-        raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
-    return change_setting(experiment, [*changes, *([] if rows is None else [f"denoiser.batch={rows}"])])
+    if arguments.config.is_dir():
+        _refuse_options(arguments, _SAMPLING_OPTIONS, "a training")
+        size = None if arguments.size is None else parse_size(arguments.size)
+        options = FineTuningOptions(train=arguments.train, dtype=arguments.dtype)
+        if size is not None:
+            options = dataclasses.replace(options, max_frames=size.t, max_pixels=size.h * size.w)
+        experiment = make_finetuning_experiment(arguments.config, options, has_weights=False)
+    else:
+        _refuse_options(arguments, _FOLDER_OPTIONS, "a config, whose fields are set by --set")
+        experiment = read_setting(arguments.config)
+        if not isinstance(experiment, Experiment):
+            raise UserError(f"{arguments.config} defines no EXPERIMENT; assign it an Experiment(...)")
+    rows = [] if arguments.rows is None else [f"denoiser.batch={arguments.rows}"]
+    return change_setting(experiment, [*arguments.set, *rows])
 
 
 if __name__ == "__main__":

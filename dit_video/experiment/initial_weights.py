@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +146,24 @@ def get_kernel_dtype(training: DenoiserTraining, backbone: BackboneConfig) -> np
     return jnp.dtype("float32" if training.lora is None else backbone.dtype)
 
 
+def make_initial_dtype_fn(training: DenoiserTraining, backbone: BackboneConfig) -> Callable[[str], np.dtype]:
+    """Return the function from the path of a parameter to the dtype that it is read in."""
+    denoiser_format = find_format(backbone)
+    float32_kernels = () if denoiser_format is None else denoiser_format.float32_kernels
+    return make_dtype_fn(
+        np.dtype(np.float32),
+        get_kernel_dtype(training, backbone),
+        float32_kernels=[f"backbone/{path}" for path in float32_kernels],
+    )
+
+
 class ParameterPlacer:
     """Placement of parameters on a mesh, which records a digest of each."""
 
     def __init__(self, mesh: Mesh, training: DenoiserTraining, backbone: BackboneConfig):
         self._mesh, self._digests = mesh, dict[str, str]()
         self.kernel_dtype = get_kernel_dtype(training, backbone)
-        denoiser_format = find_format(backbone)
-        float32_kernels = () if denoiser_format is None else denoiser_format.float32_kernels
-        self._get_dtype = make_dtype_fn(
-            np.dtype(np.float32), self.kernel_dtype, float32_kernels=[f"backbone/{path}" for path in float32_kernels]
-        )
+        self._get_dtype = make_initial_dtype_fn(training, backbone)
 
     def __call__(self, path: str, parameter: Parameter) -> Array:
         target_dtype = self._get_dtype(path)

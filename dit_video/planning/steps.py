@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 from dit_video.core.errors import UserError
 from dit_video.core.platform.devices import Platform
-from dit_video.core.trees import flatten
+from dit_video.core.trees import flatten, map_with_path
 from dit_video.data.windows import FittedWindows
 from dit_video.diffusion import SampleTimes
 from dit_video.distributed import MeshPartitioner, count_row_shards, make_shardings
@@ -24,6 +24,8 @@ from dit_video.distributed.mesh import AnyMesh
 from dit_video.experiment import Experiment, LoraAdapters, Student
 from dit_video.experiment.autoencoder import limit_windows, make_autoencoder_step
 from dit_video.experiment.denoiser import init_denoiser, make_denoiser_loss, make_denoiser_step, make_init
+from dit_video.experiment.initial_weights import make_initial_dtype_fn
+from dit_video.experiment.training_config import DenoiserTraining
 from dit_video.models.backbones.flops import count_training_passes
 from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, make_mask_fields
 from dit_video.models.encoders import ByteEncoderConfig, FrozenTextConfig, TextConfig
@@ -141,7 +143,7 @@ def _plan_denoiser(
     train_step = make_denoiser_step(config, base, mesh=mesh)
     init, frozen = make_init(config, model), tuple[PyTree, ...]()
     if isinstance(config.train, LoraAdapters | Student):
-        frozen = (jax.eval_shape(functools.partial(init_denoiser, model), jax.random.key(0)),)
+        frozen = (_make_frozen_shapes(config, model),)
     step, arguments = make_step_program(
         train_step, init, _make_batch_shapes(model, config.batch), mesh, frozen_params=frozen
     )
@@ -155,6 +157,13 @@ def _plan_denoiser(
         costs=costs,
         layer_bytes=_count_layer_bytes(model, init),
     )
+
+
+def _make_frozen_shapes(training: DenoiserTraining, model: ModelConfig) -> dict[str, Any]:
+    """Return the shapes of the weights that adapters change, or of a teacher, in a run's dtypes."""
+    get_dtype = make_initial_dtype_fn(training, model.backbone)
+    shapes = jax.eval_shape(functools.partial(init_denoiser, model), jax.random.key(0))
+    return map_with_path(lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, get_dtype(path)), shapes)
 
 
 def _count_layer_bytes(model: ModelConfig, init: Callable[[Array], dict[str, Any]]) -> int:

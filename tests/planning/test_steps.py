@@ -9,21 +9,26 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from dit_video.core.platform.devices import Platform
-from dit_video.distributed import Parallelism
+from dit_video.distributed import Parallelism, make_abstract_partitioner, make_mesh
 from dit_video.experiment import Experiment, ModelConfig, Run
+from dit_video.experiment.initial_weights import ParameterPlacer, load_initial_denoiser
+from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.models.autoencoders import IdentityConfig
 from dit_video.models.backbones.dit import DiTConfig
 from dit_video.planning import Topology
 from dit_video.planning.plan import plan_experiment
 from dit_video.planning.planned_program import read_lowered
+from dit_video.planning.steps import plan_step
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
 from dit_video.training.program_report import describe_program
 from support.devices import HANG, PROGRAMS
+from support.tiny_wan import write_wan
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKBONE = DiTConfig(
@@ -90,3 +95,19 @@ def test_a_run_s_own_step_has_the_kernels_and_dtypes_of_its_plan_for_a_gpu(run_i
     assert own.products["bf16"] > 0.9
     assert own.recomputed > 0.1
     assert own.warnings == ()
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_weights_of_a_plan_have_the_dtypes_of_a_run(tmp_path, train):
+    """Kernels that adapters change are kept in bfloat16: half of the memory of a training of adapters."""
+    write_wan(tmp_path / "wan")
+    experiment = make_finetuning_experiment(tmp_path / "wan", FineTuningOptions(train=train))
+    model, training = experiment.get_model(), experiment.denoiser
+    partitioner = make_abstract_partitioner(Parallelism(), 1)
+    planned = plan_step(experiment, "denoiser", partitioner, clips=[8])
+    kept = planned.arguments[2][0] if train == "lora" else planned.arguments[0].params
+    placer = ParameterPlacer(make_mesh(Parallelism(), jax.devices()[:1]), training, model.backbone)
+    loaded = load_initial_denoiser(model, str(tmp_path / "wan"), placer, jax.random.key(0))
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, (kept, loaded))
+    assert dtypes[0] == dtypes[1]
+    assert (jnp.bfloat16 in jax.tree.leaves(dtypes[0])) == (train == "lora")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from support.tiny_wan import DIT, write_wan
+from support.wan_folders import write_published_folder
 
 TOOL, CONFIG = "tools/plan.py", "tests/support/tiny.py"
 RING = ("--set", "parallel.context_attention='ring'", "--set", "model.backbone.attention=dense")
@@ -197,3 +198,18 @@ def test_the_sampling_of_a_folder_is_planned(tmp_path, script):
     assert fitted.code == 0, fitted.err
     document = json.loads((tmp_path / "fit.json").read_text())
     assert (document["limit"], document["offload"]) == (2 * 10**9, "None")
+
+
+def test_the_fine_tuning_of_a_folder_is_planned_from_its_json_files(tmp_path, script):
+    write_published_folder(tmp_path / "wan", "Wan2.1-T2V-14B-Diffusers")
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    options = ("--topology", "h100:1", "--train", "lora", "--size", "33x480x832", "--json", tmp_path / "plan.json")
+    done = script(TOOL, tmp_path / "wan", *options)
+    assert done.code == 0, done.err
+    document = json.loads((tmp_path / "plan.json").read_text())
+    assert document["fits"]
+    assert document["clips"] == [9 * 30 * 52]
+    assert 28e9 < document["memory"]["other"] < 30e9  # 14 billion weights in bfloat16
+    refused = script(TOOL, tmp_path / "wan", *options, "--offload", "layers")
+    assert "--offload is invalid for a training" in refused.err

@@ -20,9 +20,10 @@ from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.model_config import ModelConfig
 from dit_video.nn import LoraConfig, Remat
 from dit_video.nn.attention import BackendName
-from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.optimizer import Adafactor, AdamW
 from dit_video.training.optim.schedules import Constant
 
+_OPTIMIZERS = {"adamw": AdamW, "adafactor": Adafactor}
 _LEARNING_RATES = {"lora": 1e-4, "full": 1e-5, "temporal": 1e-5, "scratch": 1e-4}
 
 
@@ -51,6 +52,9 @@ class FineTuningOptions:
     largest size, or several smaller ones."""
     learning_rate: float | None = None
     """Learning rate; by default 1e-4 for adapters and from scratch, 1e-5 for pretrained weights."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """Optimizer. `adafactor` has no momentum and takes hardly any memory, where `adamw` takes twice that of the trained
+    weights."""
     warmup: int = 50
     max_pixels: int | None = None
     """Largest number of pixels of a frame; by default the model's (Wan: 480x832, TI2V-5B 704x1280, LTX-Video
@@ -93,7 +97,7 @@ class FineTuningOptions:
 
 
 def make_finetuning_experiment(
-    folder: str | os.PathLike, options: FineTuningOptions = FineTuningOptions()
+    folder: str | os.PathLike, options: FineTuningOptions = FineTuningOptions(), *, has_weights: bool = True
 ) -> Experiment:
     """Return the experiment that fine-tunes the denoiser of a trained model; no weights are read yet.
 
@@ -104,6 +108,7 @@ def make_finetuning_experiment(
       folder: Open weights in diffusers' layout, or of DiT or SiT in their authors', a run that has its pipeline, or a
         pipeline; of a run's, the run's settings are taken over.
       options: Trained weights, number of steps and sizes.
+      has_weights: False for a folder of open weights that may lack them, whose training is only planned.
 
     Raises:
       MissingError: If the folder does not exist, or lacks parts.
@@ -111,7 +116,7 @@ def make_finetuning_experiment(
         fit.
     """
     limits = {"max_pixels": options.max_pixels, "max_frames": options.max_frames}
-    start = read_starting_model(folder, limits=limits, fps=options.fps)
+    start = read_starting_model(folder, limits=limits, fps=options.fps, has_weights=has_weights)
     model = set_precision(start.model, dtype=options.dtype, remat=options.remat, attention=options.attention)
     model = _grow(start, model, options)
     learning_rate = _LEARNING_RATES[options.train] if options.learning_rate is None else options.learning_rate
@@ -133,7 +138,7 @@ def make_finetuning_experiment(
         stages=(
             TrainDenoiser(
                 batch=options.batch or start.batch,
-                optimizer=AdamW(
+                optimizer=_OPTIMIZERS[options.optimizer](
                     learning_rate=learning_rate, schedule=Constant(warmup=min(options.warmup, options.steps - 1))
                 ),
                 steps=options.steps,

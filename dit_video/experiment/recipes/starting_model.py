@@ -14,7 +14,7 @@ from dit_video.evaluation.protocol import EvaluationProtocol
 from dit_video.experiment.data_config import DataConfig
 from dit_video.experiment.run import Run
 from dit_video.experiment.several_models import check_single
-from dit_video.families.family import Dtype, Family, set_text_dtype
+from dit_video.families.family import Dtype, PipelineParts, set_text_dtype
 from dit_video.families.registry import check_folder, find_family, make_unknown_error
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.models.model_config import ModelConfig
@@ -64,7 +64,11 @@ class StartingModel(NamedTuple):
 
 
 def read_starting_model(
-    folder: str | os.PathLike, *, limits: Mapping[str, int | None], fps: float | None = None
+    folder: str | os.PathLike,
+    *,
+    limits: Mapping[str, int | None],
+    fps: float | None = None,
+    has_weights: bool = True,
 ) -> StartingModel:
     """Read the configs of a trained model; no weights are read yet.
 
@@ -72,6 +76,7 @@ def read_starting_model(
       folder: A run that has its pipeline, a pipeline, or open weights in diffusers' layout that can be fine-tuned.
       limits: Fields of the data, such as `max_pixels` and `max_frames`; None for the model's own.
       fps: Frame rate of the clips; None for the model's own.
+      has_weights: False for a folder of open weights that may lack them, whose training is only planned.
 
     Raises:
       MissingError: If the folder does not exist, or lacks parts.
@@ -81,13 +86,16 @@ def read_starting_model(
     limits = {name: value for name, value in limits.items() if value is not None}
     check_folder(folder)
     family = find_family(folder)
-    return _read_own(folder, limits, fps) if family is None else _read_open(family, folder, limits, fps)
-
-
-def _read_open(family: Family, folder: Path, limits: Mapping[str, Any], fps: float | None) -> StartingModel:
-    """Return the model in a folder of open weights, in bfloat16 and with all activations recomputed."""
+    if family is None:
+        return _read_own(folder, limits, fps)
     parts = family.read_parts(folder)
-    family.check_weights(folder, text=parts.text, image_encoder=parts.image_encoder, boundary=parts.boundary)
+    if has_weights:
+        family.check_weights(folder, text=parts.text, image_encoder=parts.image_encoder, boundary=parts.boundary)
+    return _make_open(parts, folder, limits, fps)
+
+
+def _make_open(parts: PipelineParts, folder: Path, limits: Mapping[str, Any], fps: float | None) -> StartingModel:
+    """Return the model in a folder of open weights, in bfloat16 and with all activations recomputed."""
     data = DataConfig(**{"max_pixels": parts.size.h * parts.size.w, "max_frames": parts.size.t, **limits})
     schedule = parts.schedule
     tokens = data.count_max_clip_tokens(stride=parts.autoencoder.stride, patch=parts.denoiser.patch)
