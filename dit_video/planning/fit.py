@@ -1,5 +1,6 @@
 """Search for the options that make a training, or a sampler, fit into a device's memory."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,7 +14,7 @@ import jax
 from dit_video.core.errors import UserError
 from dit_video.core.memory import format_bytes
 from dit_video.distributed import Parallelism, count_row_shards, make_abstract_partitioner
-from dit_video.distributed.mesh import AnyMesh, count_axis_slices, format_parallelism
+from dit_video.distributed.mesh import AnyMesh, count_axis_slices, format_parallelism, make_abstract_mesh
 from dit_video.experiment import AllWeights, Experiment, LoraAdapters
 from dit_video.nn import Remat
 from dit_video.planning.compiled_program import count_argument_bytes
@@ -362,8 +363,11 @@ def list_settings(experiment: Experiment, part: Part, devices: int) -> dict[str,
 
 
 def _list_parallelisms(experiment: Experiment, devices: int) -> Iterator[Setting]:
+    own = None
+    with contextlib.suppress(UserError):  # a mesh of other devices
+        own = make_abstract_mesh(experiment.parallel, devices)
     for parallel in list_parallelisms(experiment, devices):
-        if parallel != experiment.parallel:
+        if make_abstract_mesh(parallel, devices) != own:
             value = format_parallelism(parallel)
             yield Setting("--parallel", value, functools.partial(dataclasses.replace, parallel=parallel))
 
