@@ -28,6 +28,11 @@ from support.quick_compilation import set_quick_flags, share_contexts
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    """Name whole files by their argument: encoders write other bytes each time, and processes must agree on names."""
+    return argname if isinstance(val, bytes) and len(val) > 64 else None
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Compile a large program once a session, also for scripts and workers of pytest-xdist.
