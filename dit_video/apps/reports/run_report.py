@@ -166,7 +166,8 @@ def _make_figures(
 def _make_tables(evaluation: EvaluationResult) -> dict[str, Any]:
     """Return the content of `metrics.json` as tables, with a row for every value of a metric."""
     others = {name: part for name, part in evaluation.record.items() if part and name not in _LEFT_OUT}
-    return {"results": make_result_table(evaluation.results), **others}
+    results = {"results": make_result_table(evaluation.results)} if evaluation.results else {}
+    return results | others
 
 
 def _read_excluded(folder: Path) -> dict[str, dict[str, Any]]:
