@@ -1,6 +1,7 @@
 """Report of a planned step's program: attention, kernels and dtypes, also for GPUs that are not present."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,11 +63,10 @@ class _StandIn(MeshPartitioner):
 
 def read_lowered(step: Any, arguments: tuple[PyTree, ...]) -> Program:
     """Return the operations of a jitted step as it is given to the compiler for GPUs."""
-    from jaxlib import _hlo  # type: ignore[attr-defined]  # the public text of a lowered program lacks scopes
-
     with override_default_backend("gpu"), assume_hopper():
         lowered = step.trace(*arguments).lower(lowering_platforms=("cuda",))
-    options = _hlo.HloPrintOptions()
-    options.print_metadata = options.print_percent = True  # as the text of compiled programs is
     module = lowered.compiler_ir("hlo").as_hlo_module()
+    # The public text of a lowered program lacks scopes. jaxlib has moved the options from one module to another.
+    options = sys.modules[type(module).__module__].HloPrintOptions()
+    options.print_metadata = options.print_percent = True  # as the text of compiled programs is
     return read_program(module.to_string(options), {})
