@@ -12,6 +12,7 @@ from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 
+import dataclasses
 import itertools
 import os
 import sys
@@ -27,7 +28,7 @@ from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import script
 from dit_video.core.files import read_json, write_json
 from dit_video.core.offload import OFFLOADS
-from dit_video.core.platform.xla_flags import GPU_MEMORY_FRACTION
+from dit_video.core.platform.chips import GB
 from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.nn import Remat
 from dit_video.planning import Topology
@@ -38,7 +39,6 @@ Task = Literal["sample", "lora", "full"]
 TASKS = {"sample": "sample", "lora": "fine-tune, LoRA", "full": "fine-tune, all weights"}
 SHORTER = (81, 49, 33, 17)
 """Numbers of frames that are tried where the model's own does not fit."""
-_GB = 10**9
 _SAMPLER, _TRAINER = Topology.parse("v5p:2x2x1"), Topology.parse("h200:1")
 
 
@@ -98,11 +98,11 @@ def main(
 
 
 def _plan_cell(folder: Path, task: Task, memory: int) -> Cell:
-    limit = int(memory * _GB * float(GPU_MEMORY_FRACTION))
+    limit = dataclasses.replace(_TRAINER.chip, memory=memory * GB).usable_memory
     plans = _plan_sampling(folder, limit) if task == "sample" else _plan_training(folder, task)
     for frames, options, peak in plans:
         if peak is not None and peak <= limit:
-            return Cell(folder.name, task, memory, round(peak / _GB, 1), frames, options)
+            return Cell(folder.name, task, memory, round(peak / GB, 1), frames, options)
     return Cell(folder.name, task, memory)
 
 
@@ -118,7 +118,8 @@ def _plan_sampling(folder: Path, limit: int) -> Iterator[_Plan]:
     for frames in (None, *(frames for frames in SHORTER if frames < own.size.t)):
         if frames is not None:
             plan = fit_pipeline(folder, _SAMPLER, limit, size=own.size._replace(t=frames))
-        options = () if plan.offload is None else (f"--offload {names.get(plan.offload, plan.offload)}",)
+        # What has no name on the command line moves less than `layers`, which therefore fits, too.
+        options = () if plan.offload is None else (f"--offload {names.get(plan.offload, 'layers')}",)
         yield frames, options, plan.peak if plan.fits else None
 
 

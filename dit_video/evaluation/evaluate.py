@@ -114,7 +114,7 @@ def evaluate_in_background(
 
 
 class _Plan(NamedTuple):
-    """What a protocol samples and measures of a model."""
+    """The samples, reconstructions and data that a protocol measures, with the sampling that makes them."""
 
     protocol: EvaluationProtocol
     """Protocol, completed by what the model determines."""

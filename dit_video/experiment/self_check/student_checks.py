@@ -21,7 +21,6 @@ _STEPS = 512
 """Number of steps whose times are drawn."""
 _TOLERANCE = 1e-3
 """Largest difference of two times that count as the same."""
-
 _SHOWN = 6
 """Number of times in a message."""
 
