@@ -327,9 +327,11 @@ class StudentStep(ModelStep, abc.ABC):
     def get_params(self, state: Any) -> dict[str, PyTree]:
         """Return all parameters in a state, by their names."""
 
-    def make_params(self, trained: PyTree, teacher: PyTree) -> PyTree:
-        """Return the parameters of a model from its trained ones."""
-        return trained if self.lora_scale is None else attach_factors(teacher, trained, self.lora_scale)
+    def make_params(self, trained: dict[str, PyTree], teacher: PyTree) -> dict[str, PyTree]:
+        """Return the parameters of models by their names, from the trained ones."""
+        if self.lora_scale is None:
+            return trained
+        return {name: attach_factors(teacher, factors, self.lora_scale) for name, factors in trained.items()}
 
     def _differentiate(
         self, name: str, params: dict[str, PyTree], rows: PackedBatch, step: Array, teacher: PyTree
@@ -366,8 +368,8 @@ class ConsistencyStep(StudentStep):
         return finish_step(state, next_state, batch, metrics)
 
     def _compute_loss(self, params, rows, step, teacher):
-        student, average = (self.make_params(params[name], teacher) for name in ("student", "average"))
-        return self.loss(student, average, rows, step, teacher), {}
+        models = self.make_params(params, teacher)
+        return self.loss(models["student"], models["average"], rows, step, teacher), {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,9 +417,9 @@ class MatchingStep(StudentStep):
         return finish_step(state, MatchingState(model=model, critic=critic), batch, metrics, "critic")
 
     def _compute_loss(self, params, rows, step, teacher):
-        student, critic = (self.make_params(params[name], teacher) for name in ("student", "critic"))
-        return self.loss(student, critic, rows, step, teacher)
+        models = self.make_params(params, teacher)
+        return self.loss(models["student"], models["critic"], rows, step, teacher)
 
     def _compute_critic_loss(self, params, rows, step, teacher):
-        student, critic = (self.make_params(params[name], teacher) for name in ("student", "critic"))
-        return self.loss.critic_loss(critic, student, rows, step), {}
+        models = self.make_params(params, teacher)
+        return self.loss.critic_loss(models["critic"], models["student"], rows, step), {}
