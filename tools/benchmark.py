@@ -4,6 +4,7 @@
     python tools/benchmark.py denoiser autoencoder               # some parts
     python tools/benchmark.py attention --tokens 8192 --peers    # packed rows against dense attention, including torch
     python tools/benchmark.py model --peers                      # a transformer against diffusers', same weights
+    python tools/benchmark.py model --peers --explain            # with other instructions, libraries and threads, too
     python tools/benchmark.py train --steps 100                  # overhead of the loop, saving and restarting
     python tools/benchmark.py sampling                           # steps and guidance against forward passes
     python tools/benchmark.py tiling --run RUN --clips CLIPS     # errors of tiled decoding
@@ -25,7 +26,8 @@ The other parts run only if they are named:
     attention    attention that skips blocks of other segments, against dense attention
     latent_storage  bytes of a clip's latents, their error, and PSNR of the decoded clip, by the type of storage
     tiling       largest and mean error of tiled decoding, in steps of 0..255, for several overlaps of the tiles
-    model        a forward pass and a training step of a transformer like Wan's, and compile time by depth
+    model        a forward pass and a training step of a transformer like Wan's, and, without peers, compile time by
+                 depth
     train        overhead of the training loop and of background saves; time to the first step of a new run and of one
                  that was killed
     sampling     N steps against N forward passes, guidance in one pass against two, programs compiled for other
@@ -37,9 +39,10 @@ The other parts run only if they are named:
     studio       time until the studio's page is there, and from a click to a playing video, in headless Chromium
 
 `--small` runs `model` and `sampling` on tiny models. `--peers` also times the convolutional autoencoder and the
-transformer of diffusers on the same weights, and torch's attention. Parts whose packages are missing are skipped and
-marked in the output; `denoiser` and `autoencoder` need only JAX, Flax and optax. If the quickstart's config
-cannot be imported for that reason, models of about its size are measured and `setting` is `built in`.
+transformer of diffusers on the same weights, and torch's attention; `--explain` compares the transformers in five
+processes for each of five settings of CPUs, which takes an hour. Parts whose packages are missing are skipped and
+marked in the output; `denoiser` and `autoencoder` need only JAX, Flax and optax. If the quickstart's config cannot be
+imported for that reason, models of about its size are measured and `setting` is `built in`.
 """
 
 from dit_video.core.platform.scripts import prepare_script
@@ -140,9 +143,21 @@ def run_benchmarks(
     *,
     run: Path,
     peers: bool,
+    explain: int | None,
     setting_arguments: Sequence[str],
 ) -> dict[str, Any]:
-    """Run the parts and return the whole document; `chosen` are the command-line arguments that select the setting."""
+    """Run the parts and return the whole document.
+
+    Args:
+      setting: Models and data.
+      parts: Names of the parts.
+      size: Size of the benchmarks.
+      clips: Folder of clips; None for rendered ones.
+      run: Run or pipeline of the parts that need one.
+      peers: Whether other projects' models are timed, too.
+      explain: Number of processes for each setting of CPUs in which `model` is timed; None if it is not.
+      setting_arguments: Arguments of the command line that select the setting.
+    """
     document: dict[str, Any] = {"machine": describe_machine(), "setting": setting.name}
     denoiser = autoencoder = None
     if "denoiser" in parts or "data" in parts:
@@ -157,6 +172,9 @@ def run_benchmarks(
     if "model" in parts:
         print("timing a transformer like Wan's", file=sys.stderr)
         document["model"] = measure_model(size, peers=peers)
+        if explain is not None and "peers" not in document["model"]:
+            options = ["--rounds", str(size.rounds), *(["--small"] if size.small else [])]
+            document["model"]["explained"] = measure_optional("explain", explain, options)
     if "train" in parts:
         print("timing the training loop", file=sys.stderr)
         document["train"] = measure_loop(setting, size, setting_arguments)
@@ -235,20 +253,19 @@ def measure_attention(size: BenchmarkSize, *, peers: bool) -> dict[str, Any]:
 
 
 def measure_model(size: BenchmarkSize, *, peers: bool) -> dict[str, Any]:
-    """Measure a forward pass, a training step (with `peers` against diffusers') and compile time by depth."""
+    """Measure a forward pass and a training step, with `peers` against diffusers', else also compile time by depth."""
     try:
         from benchmarks import model
     except ModuleNotFoundError as error:
         return {"skipped": f"{error.name} is not installed"}
     shape = model.SMALL if size.small else model.WanShape()
-    compilation = {"compilation": model.measure_compilation(shape)}
     if not peers:
-        return model.measure(shape, size.rounds) | compilation
+        return model.measure(shape, size.rounds) | {"compilation": model.measure_compilation(shape)}
     try:
         from benchmarks.wan_peer import make_peer_functions
     except ModuleNotFoundError as error:
-        return model.measure(shape, size.rounds) | compilation | {"peers": f"{error.name} is not installed"}
-    return model.measure(shape, size.rounds, make_peer_functions) | compilation
+        return model.measure(shape, size.rounds) | {"peers": f"{error.name} is not installed"}
+    return model.measure(shape, size.rounds, make_peer_functions)
 
 
 def measure_sampling(size: BenchmarkSize, run: Path) -> dict[str, Any]:
@@ -343,11 +360,23 @@ def main() -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="Change a field of the config; repeatable."
     )
     parser.add_argument("--peers", action="store_true", help="Also time other projects' models.")
+    parser.add_argument(
+        "--explain",
+        type=int,
+        nargs="?",
+        const=5,
+        metavar="RUNS",
+        help="Also time `model --peers` in so many processes (5) for each of several settings of CPUs.",
+    )
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in DEFAULT_PARTS + OPTIONAL_PARTS]:
         raise UserError(
             f"part {unknown[0]!r} is invalid: it does not exist. Use {', '.join(DEFAULT_PARTS + OPTIONAL_PARTS)}."
         )
+    if arguments.explain is not None:
+        check_minimum(1, explain=arguments.explain)
+        if not (arguments.peers and "model" in arguments.parts):
+            raise UserError("--explain compares the model with its peer: use `model --peers --explain`.")
     size = BenchmarkSize(**{field.name: getattr(arguments, field.name) for field in fields(BenchmarkSize)})
     if arguments.clips is not None and not arguments.clips.is_dir():
         raise MissingError(
@@ -363,6 +392,7 @@ def main() -> None:
         arguments.clips,
         run=arguments.run,
         peers=arguments.peers,
+        explain=arguments.explain,
         setting_arguments=setting_arguments,
     )
     print(json.dumps(document, indent=2))

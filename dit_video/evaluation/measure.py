@@ -23,12 +23,13 @@ WEIGHT_FIELDS = ("weights", "mean", "folder")
 """Names of the fields in feature functions and metrics that hold weight paths."""
 _REAL_NEEDS = frozenset[MetricInput](("real_clips",))
 """Needs of metrics whose examples are the data clips."""
+_TO_RECONSTRUCT = "clips to reconstruct. Hold some out of the training (data.held_out), or name them with --data"
 _INPUTS = {
     "samples": "samples. Name a model, or a folder of videos",
     "real_clips": "clips of the data. Name them with --data",
     "prompts": "prompts. Give each clip a caption",
-    "pairs": "clips to reconstruct. Hold some out of the training (data.held_out), or name them with --data",
-    "baselines": "clips to reconstruct. Hold some out of the training (data.held_out), or name them with --data",
+    "pairs": _TO_RECONSTRUCT,
+    "baselines": _TO_RECONSTRUCT,
     "references": "clips of the data with the samples' captions. Name a model, and clips with captions",
     "scenes": "the scenes that the samples show. Use the protocol scenes with a model of them",
     "pipeline": "the model itself. Name it instead of a folder of samples",

@@ -175,13 +175,51 @@ def test_the_model_benchmark_measures_a_transformer(script):
 @pytest.mark.parity
 @pytest.mark.nightly
 def test_the_model_benchmark_compares_a_transformer_with_diffusers(script):
-    ended = script("tools/benchmark.py", "model", "--small", "--rounds", 1, "--peers")
+    ended = script("tools/benchmark.py", "model", "--small", "--rounds", 1, "--peers", "--explain", 1)
     assert ended.code == 0
     figures = json.loads(ended.out)["model"]
+    explained = figures["explained"]
+    assert explained["failed"] == {}
+    assert {"as it is", "products by Eigen", "one thread"} <= explained["variants"].keys()
+    assert explained["variants"]["one thread"]["forward"]["ratio"] > 0
     assert figures["forward"]["ratio"] > 0
     assert max(figures["difference"].values()) < 1e-4
     for name in figures["difference"]:
         np.testing.assert_allclose(figures["losses"][name], figures["losses"]["ours"], rtol=1e-3)
+
+
+CHILD = """
+import json, os, sys
+flags, cores = os.environ["XLA_FLAGS"], len(os.sched_getaffinity(0))
+if "isa" in flags:
+    sys.exit("Unknown flag in XLA_FLAGS: --xla_cpu_max_isa=AVX2")
+ours = {True: 3.0, False: 2.0}["+LIBRARY" in flags]
+figures = {"ratio": ours / 2, "seconds": {"ours": ours, "diffusers": 2.0}}
+print(json.dumps({"model": {"forward": figures, "training step": {"ratio": 1.0, "seconds": {"cores": cores}}}}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes have all cores")
+@pytest.mark.usefixtures("benchmark")
+def test_the_setting_of_cpus_that_decides_is_named(monkeypatch, capsys):
+    explain = importlib.import_module("benchmarks.explain")
+    monkeypatch.setattr(explain, "_COMMAND", (sys.executable, "-c", CHILD))
+    monkeypatch.setenv("XLA_FLAGS", "--own=1")
+    monkeypatch.setattr(explain, "VARIANTS", {k: v._replace(exists=True) for k, v in explain.VARIANTS.items()})
+    cores = os.sched_getaffinity(0)
+    found = explain.measure(3)
+    assert os.sched_getaffinity(0) == cores
+    assert found["decisive"] == {"forward": "products by YNNPACK", "training step": None}
+    assert found["variants"]["products by YNNPACK"]["forward"]["ratios"] == [1.5, 1.5, 1.5]
+    assert found["variants"]["one thread"]["training step"]["seconds"] == {"cores": 1}
+    # A flag that the release lacks is told, and the others are measured.
+    assert found["failed"] == {"AVX2": "Unknown flag in XLA_FLAGS: --xla_cpu_max_isa=AVX2"}
+    assert "AVX2: Unknown flag" in capsys.readouterr().err
+
+
+def test_settings_of_cpus_are_explained_beside_a_peer_alone(script):
+    ended = script("tools/benchmark.py", "model", "--small", "--explain")
+    assert (ended.code, "model --peers --explain" in ended.err) == (2, True)
 
 
 # The tiny experiment's denoiser, so that its program is compiled once in these tests.

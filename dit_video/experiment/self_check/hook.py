@@ -148,11 +148,7 @@ class SelfCheck(Hook):
         # Weights without zeros, on the same devices.
         params = subject.jit(perturb, make_shardings(state.params, subject.trainer.mesh))(state.params)
         rows = batches.last
-        draws = objective_checks.draw_numbers(subject, rows)
-        problems += objective_checks.check_noise(draws)
-        problems += objective_checks.check_times(subject, draws)
         problems += objective_checks.check_target(subject)
-        problems += objective_checks.check_caption_dropout(subject, draws)
         problems += check_model(subject, params, rows)
         problems += check_context_parallel(subject, params, rows)
         problems += objective_checks.check_precision(state)
@@ -160,6 +156,10 @@ class SelfCheck(Hook):
         self._reader = ValueReader(subject, state.params)
         train_step = subject.trainer.train_step
         if isinstance(train_step, GradientStep):
+            draws = objective_checks.draw_numbers(subject, rows)
+            problems += objective_checks.check_noise(draws)
+            problems += objective_checks.check_times(subject, draws)
+            problems += objective_checks.check_caption_dropout(subject, draws)
             self._probe = probe = GradientProbe(subject, train_step.loss, self._reader, state.params)
             problems += objective_checks.check_loss_mean(
                 lambda rows, step: probe.compute_loss(params, rows, step), rows, draws

@@ -1,0 +1,24 @@
+"""Compile a convolution and a product on CPU with the XLA flags that the package sets, which keep YNNPACK out."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+
+import dit_video  # noqa: F401
+
+picture, kernel = jnp.ones((1, 64, 64, 16)), jnp.ones((3, 3, 16, 16))
+
+
+@jax.jit
+def compute(picture, kernel):
+    layout = ("NHWC", "HWIO", "NHWC")
+    convolved = jax.lax.conv_general_dilated(picture, kernel, (1, 1), "SAME", dimension_numbers=layout)
+    return convolved, picture.reshape(4096, 16) @ kernel[0, 0]
+
+
+compiled = compute.lower(picture, kernel).compile()
+if "ynn_fusion_type" in os.environ.get("XLA_FLAGS", ""):
+    assert "ynn" not in compiled.as_text(), compiled.as_text()
+convolved, product = compiled(picture, kernel)
+assert (float(convolved[0, 4, 4, 0]), float(product[0, 0])) == (144, 16)
