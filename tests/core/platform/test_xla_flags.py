@@ -11,13 +11,14 @@ from dit_video.core.platform.provenance import get_code_version
 from support.devices import PROGRAMS
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type="
+EIGEN = "-LIBRARY_FUSION_TYPE_DOT,-LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 
 
 @pytest.mark.parametrize(
     ("before", "release", "after"),
     [
-        ("", "0.10.2", FLAG),
-        ("--a=1", "0.10.2", f"--a=1 {FLAG}"),
+        ("", "0.10.2", FLAG + EIGEN),
+        ("--a=1", "0.10.2", f"--a=1 {FLAG}{EIGEN}"),
         (f"{FLAG}mine", "0.10.2", f"{FLAG}mine"),
         ("--a=1", "0.11.0", "--a=1"),
         ("--a=1", "0.99.0", "--a=1"),
