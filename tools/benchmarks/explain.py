@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 MEASURED = ("forward", "training step")
 _COMMAND = (sys.executable, str(Path(__file__).parents[1] / "benchmark.py"), "model", "--peers")
+_FUSIONS = "--xla_cpu_experimental_ynn_fusion_type={0}LIBRARY_FUSION_TYPE_DOT,{0}LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 _DECISIVE = 1.05
 """Factor by which a setting changes a ratio to decide it; medians of five processes differ by less."""
 
@@ -39,8 +40,8 @@ VARIANTS = {
         {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
         exists=platform.machine() in ("x86_64", "AMD64"),
     ),
-    "products by YNNPACK": Variant("--xla_cpu_experimental_ynn_fusion_type=+LIBRARY_FUSION_TYPE_DOT"),
-    "products by Eigen": Variant("--xla_cpu_experimental_ynn_fusion_type="),
+    "products by YNNPACK": Variant(_FUSIONS.format("+")),
+    "products by Eigen": Variant(_FUSIONS.format("-")),
     "one thread": Variant(cores=1, exists=hasattr(os, "sched_setaffinity")),
 }
 """Settings of both, and, by YNNPACK and Eigen, of ours alone."""

@@ -22,9 +22,10 @@ _EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ",".join(f"-LIBRARY_FUSION_TYP
 """Flag that lets CPUs compute products and 2-D convolutions with Eigen, and leaves sums to YNNPACK.
 
 In jaxlib 0.10.2 a transformer's step takes 1.15 times as long with YNNPACK's products, an autoencoder's 1.1 times, and
-convolutions take 1.2 to 2.4 times as long; YNNPACK's sums save a transformer 6 % of its forward pass. Eigen is the default for convolutions in 0.10.0 and 0.10.1, and for products
-in 0.10.0. From 0.11.0 on YNNPACK is as fast, for convolutions up to 1.25 times. `tools/benchmark.py model --peers
---explain` compares them. On two cores, in billions of operations of a convolution per second, Eigen against YNNPACK:
+convolutions take 1.2 to 2.4 times as long; YNNPACK's sums save a transformer 6 % of its forward pass. Eigen is the
+default for convolutions in 0.10.0 and 0.10.1, and for products in 0.10.0. From 0.11.0 on YNNPACK is as fast, for
+convolutions up to 1.25 times. `tools/benchmark.py model --peers --explain` compares them. On two cores, in billions of
+operations of a convolution per second, Eigen against YNNPACK:
 
 | convolution | 0.10.2 | 0.11.0 | 0.11.2 | 0.12.0.1 |
 |---|---|---|---|---|
