@@ -171,10 +171,7 @@ def run_benchmarks(
         document["attention"] = measure_attention(size, peers=peers)
     if "model" in parts:
         print("timing a transformer like Wan's", file=sys.stderr)
-        document["model"] = measure_model(size, peers=peers)
-        if explain is not None and "peers" not in document["model"]:
-            options = ["--rounds", str(size.rounds), *(["--small"] if size.small else [])]
-            document["model"]["explained"] = measure_optional("explain", explain, options)
+        document["model"] = measure_model(size, peers=peers, explain=explain)
     if "train" in parts:
         print("timing the training loop", file=sys.stderr)
         document["train"] = measure_loop(setting, size, setting_arguments)
@@ -252,7 +249,7 @@ def measure_attention(size: BenchmarkSize, *, peers: bool) -> dict[str, Any]:
     return attention.measure(size.tokens, size.rounds, make_torch_attention)
 
 
-def measure_model(size: BenchmarkSize, *, peers: bool) -> dict[str, Any]:
+def measure_model(size: BenchmarkSize, *, peers: bool, explain: int | None) -> dict[str, Any]:
     """Measure a forward pass and a training step, with `peers` against diffusers', else also compile time by depth."""
     try:
         from benchmarks import model
@@ -265,7 +262,13 @@ def measure_model(size: BenchmarkSize, *, peers: bool) -> dict[str, Any]:
         from benchmarks.wan_peer import make_peer_functions
     except ModuleNotFoundError as error:
         return model.measure(shape, size.rounds) | {"peers": f"{error.name} is not installed"}
-    return model.measure(shape, size.rounds, make_peer_functions)
+    figures = model.measure(shape, size.rounds, make_peer_functions)
+    if explain is not None:
+        from benchmarks.explain import measure
+
+        options = ["--rounds", str(size.rounds), *(["--small"] if size.small else [])]
+        figures["explained"] = measure(explain, options)
+    return figures
 
 
 def measure_sampling(size: BenchmarkSize, run: Path) -> dict[str, Any]:

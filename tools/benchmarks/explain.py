@@ -74,10 +74,10 @@ def measure(runs: int, options: Sequence[str] = ()) -> dict[str, Any]:
             ratios = ", ".join(f"{each} {found[name][-1][each]['ratio']:.2f}" for each in MEASURED)
             print(f"{name}, {run + 1} of {runs}: {ratios}", file=sys.stderr, flush=True)
     figures = {name: _summarize(models) for name, models in found.items() if name not in failed}
-    return {"runs": runs, "variants": figures, "failed": failed, "decisive": find_decisive(figures)}
+    return {"runs": runs, "variants": figures, "failed": failed, "decisive": _find_decisive(figures)}
 
 
-def find_decisive(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
+def _find_decisive(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
     """Return by measurement the variant that changes the ratio most, or None if none changes it by a twentieth."""
     decisive = dict[str, str | None]()
     for each in MEASURED if "as it is" in figures else ():
