@@ -1,13 +1,14 @@
 """The benchmark of one accelerator: its choices, table and time budgets, and a rehearsal of all parts on CPU."""
 
+import functools
 import gzip
 import importlib
 import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -267,18 +268,19 @@ def test_a_part_stops_when_its_time_is_spent_and_says_so(load, make_document, mo
         started.append(name)
         yield "machine", {"platform": "gpu", "device": "H100", "jax": "0.10.2", "date": "2026-01-01"}
         yield f"{name} a", 2.5
-        time.sleep(0.2)
+        clock.now += 59.5
 
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(cases, "TimeBudget", functools.partial(cases.TimeBudget, clock=lambda: clock.now))
     monkeypatch.setattr(cases, "start_case", start)
-    monkeypatch.setattr(cases, "MIN_SECONDS", 0.2)
     two = [make_case(load, name, f"{name} a", f"{name} b") for name in ("one", "two")]
-    cases.run_part("attention", two, document, seconds=0.3, arguments=[])
+    cases.run_part("attention", two, document, seconds=60, arguments=[])
     assert started == ["one"]
     figures = json.loads(document.path.read_text())["parts"]["attention"]["figures"]
     assert figures["one a"] == {"value": 2.5, "device": "H100", "jax": "0.10.2", "date": "2026-01-01"}
     assert figures["one b"] == {"value": None, "reason": "the case ended without it"}
-    assert figures["two a"] == {"value": None, "reason": "the 0.3 s of the part were spent"}
-    assert "two: not measured: the 0.3 s of the part were spent" in capsys.readouterr().err
+    assert figures["two a"] == {"value": None, "reason": "the 60 s of the part were spent"}
+    assert "two: not measured: the 60 s of the part were spent" in capsys.readouterr().err
 
 
 def test_a_case_that_fails_does_not_end_the_others(load, make_document, monkeypatch):
