@@ -179,6 +179,7 @@ def _make_plan(
     items, reconstructions = tuple(protocol.make_items(pipeline, data)), None
     requests = [make_request(item.entry, pipeline.config) for item in items]
     check_requests(pipeline.config, [request for request in requests if request is not None], sampling)
+    _check_lengths(pipeline.config, protocol, items)
     needs_reconstructions = protocol.is_reconstruction or any(CLIP_NEEDS & {*each.needs} for each in protocol.metrics)
     if not is_alone and data.clips.names and needs_reconstructions:
         protocol, reconstructions = reconstruct(pipeline.codec, protocol, data.clips)
@@ -189,6 +190,26 @@ def _make_plan(
         real_clips = data.clips if data.clips.names else None
         check_computable(protocol, list_inputs(planned, real_clips, reconstructions, pipeline))
     return _Plan(protocol, data, items, sampling, reconstructions)
+
+
+def _check_lengths(config: PipelineConfig, protocol: EvaluationProtocol, items: Sequence[EvaluationItem]) -> None:
+    """Check that enough samples of requests will have the frames that are measured.
+
+    A task makes clips of its own lengths, and at another frame rate each clip has another number of frames.
+
+    Raises:
+      UserError: If more samples are too short than the protocol allows.
+    """
+    measured = protocol.clips.frames
+    if measured is None or protocol.clips.fps not in (None, config.fps):
+        return
+    lengths = [config.resolve_size(item.entry).t for item in items if isinstance(item.entry, Request)]
+    short = [length for length in lengths if length < measured]
+    if len(short) > protocol.max_unreadable * len(items):
+        raise UserError(
+            f"frames={measured} of the protocol {protocol.name} is invalid: {len(short)} of {len(items)} samples have "
+            f"fewer. Use {min(short)}, or longer samples"
+        )
 
 
 class _EmptyPipeline(Pipeline):
