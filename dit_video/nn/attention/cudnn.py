@@ -9,6 +9,7 @@ themselves with the dense reference on a GPU. On several devices, call the backe
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -114,8 +115,11 @@ def _backward_kernel(
     cudnn = _cudnn()
     unused = jnp.zeros(0, q.dtype)
     operands = [unused if each is None else each for each in _make_operands(ranges)]
-    saved = (q, k, v, unused, *operands, unused, unused, residuals, out)
-    gradients = cudnn._dot_product_attention_bwd_rule(
+    rule = cudnn._dot_product_attention_bwd_rule
+    # From jax 0.12 on a function may change the scores: it and its arguments are two more values, here none.
+    no_function, no_arguments = ([None], [()]) if "score_mod" in inspect.signature(rule).parameters else ([], [])
+    saved = (q, k, v, unused, *operands, unused, unused, *no_arguments, residuals, out)
+    gradients = rule(
         q.shape[-1] ** -0.5,  # scale
         0,  # seed of the dropout
         0.0,  # dropout rate
@@ -123,6 +127,7 @@ def _backward_kernel(
         cudnn.MaskType.PADDING,
         cudnn.AttentionLayout.BTNH.value,
         None,  # length of the sliding window
+        *no_function,
         cudnn.check_cudnn_version(),
         False,  # the residuals are no output
         saved,
