@@ -1,7 +1,8 @@
 """Profiler trace of a few steps, for XProf or TensorBoard."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,13 @@ class TraceConfig:
 
 
 class Tracer(Hook):
-    """A profiler trace that starts before its first step and ends after its last, or at the end of the run."""
+    """A profiler trace that starts before its first step and ends after its last, or at the end of the run.
+
+    If it cannot be made or written, a warning says why, and the training goes on.
+    """
 
     def __init__(self, config: TraceConfig) -> None:
-        self._config, self._is_running = config, False
+        self._config, self._was_started, self._is_running = config, False, False
 
     @contextlib.contextmanager
     def annotate(self, step: int) -> Iterator[None]:
@@ -45,9 +49,9 @@ class Tracer(Hook):
         if not profile.first <= step <= profile.last:
             yield
             return
-        if not self._is_running:
-            jax.profiler.start_trace(str(profile.folder))
-            self._is_running = True
+        if not self._was_started:
+            self._was_started = True
+            self._is_running = self._attempt(lambda: jax.profiler.start_trace(str(profile.folder)))
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
@@ -61,4 +65,17 @@ class Tracer(Hook):
         """End the trace if it is running."""
         if self._is_running:
             self._is_running = False
-            jax.profiler.stop_trace()
+            self._attempt(jax.profiler.stop_trace)
+
+    def _attempt(self, call: Callable[[], Any]) -> bool:
+        """Return whether a call of the profiler succeeds."""
+        try:
+            call()
+        except (RuntimeError, OSError) as error:  # of another trace, or of the folder
+            traced = f"steps {self._config.first} to {self._config.last}"
+            warnings.warn(
+                f"no trace of {traced} is written to {self._config.folder}: {error}. The training goes on.",
+                stacklevel=3,
+            )
+            return False
+        return True

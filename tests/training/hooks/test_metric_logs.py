@@ -275,6 +275,19 @@ def test_some_steps_are_traced(tmp_path, monkeypatch):
         TraceConfig(tmp_path, 5, 3)
 
 
+@pytest.mark.parametrize("call", ["start_trace", "stop_trace"])
+def test_a_trace_that_cannot_be_made_or_written_is_told_once_and_the_training_goes_on(tmp_path, monkeypatch, call):
+    def fail(*_arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda _: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    monkeypatch.setattr(jax.profiler, call, fail)
+    with pytest.warns(UserWarning, match="no trace of steps 3 to 5 is written to .*No space left") as warned:
+        train(LoopConfig(steps=8), Tracer(TraceConfig(tmp_path / "trace", 3, 5)))
+    assert len(warned) == 1
+
+
 def test_a_trace_is_written(tmp_path):
     train(LoopConfig(steps=4), Tracer(TraceConfig(tmp_path / "trace", 3, 3)))
     assert [
