@@ -83,14 +83,15 @@ def main(
     Args:
       folders: Folders of pipelines in diffusers' layout.
       json: File of the results; those that it has are not computed again.
-      memories: Memories of the cards in GB, the smallest first.
+      memories: Memories of the cards in GB; with the smallest first the fewest plans are made.
     """
     cells = [Cell(**each | {"options": tuple(each["options"])}) for each in read_json(json)] if json.is_file() else []
     for folder, task, memory in itertools.product(folders, get_args(Task), memories):
         own = [each for each in cells if (each.folder, each.task) == (folder.name, task)]
         if not any(each.memory == memory for each in own):
             # Sampling is fastest without options, so that a larger card has nothing to add.
-            easy = next((each for each in own if task == "sample" and each.needs_nothing), None)
+            smaller = (each for each in own if task == "sample" and each.memory < memory)
+            easy = next((each for each in smaller if each.needs_nothing), None)
             cells.append(_plan_cell(folder, task, memory) if easy is None else easy._replace(memory=memory))
             print(f"{folder.name}, {task}, {memory} GB: {cells[-1]}", file=sys.stderr, flush=True)
             write_json(json, [each._asdict() for each in cells])

@@ -38,6 +38,8 @@ def planned(tool, monkeypatch):
 def test_a_cell_has_the_largest_clip_that_fits(tool, tmp_path, planned, capsys):
     write_published_folder(tmp_path / NAME, NAME)
     target = tmp_path / "cards.json"
+    tool.main((tmp_path / NAME,), target, memories=(24,))
+    capsys.readouterr()
     tool.main((tmp_path / NAME,), target, memories=(4, 12, 24))
     table = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()[2:]]
