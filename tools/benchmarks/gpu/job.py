@@ -1,6 +1,6 @@
 """The main job on the device: a training from clips to samples by `quickstart.py --brief`, and the shipped model.
 
-The training needs packages that read and write videos (PyAV, grain, tyro); the clips do not.
+Unlike the other parts, both need the packages that `dit_video` is installed with, such as PyAV, grain and tyro.
 """
 
 import functools
