@@ -21,8 +21,8 @@ Each figure is written as it appears, with the device, the version of JAX, the d
 processes of their own, so that a kernel that fails, or memory that runs out, does not end the others. The flags of XLA
 are the same for all scripts (`dit_video/core/platform/xla_flags.py`), and compiled programs are kept.
 
-Only JAX, Flax, optax, einops, jaxtyping, safetensors, tokenizers and NumPy are needed, but for `job`; there is
-no data to prepare.
+Only JAX, Flax, optax, einops, jaxtyping, safetensors, tokenizers and NumPy are needed, but for `job`; there is no
+data to prepare.
 """
 
 from dit_video.core.platform.scripts import prepare_script

@@ -194,10 +194,8 @@ def test_metrics_of_prompts_are_refused_before_an_item_without_one_is_sampled(pi
 def test_samples_that_are_too_short_to_be_measured_are_refused_before_they_are_made(
     pipeline, data, tmp_path, monkeypatch
 ):
-    sampled, short = (
-        count_sampled(monkeypatch),
-        data._replace(clips=data.clips._replace(get_size=lambda _: (5, 16, 32))),
-    )
+    sampled = count_sampled(monkeypatch)
+    short = data._replace(clips=data.clips._replace(get_size=lambda _: (5, 16, 32)))
     with pytest.raises(UserError, match=r"frames=6 of .* 6 of 6 samples have fewer\. Use 5"):
         evaluate(pipeline, PROTOCOL, tmp_path, data=short)
     assert not sampled
