@@ -118,7 +118,7 @@ def main(
         pipeline = model.load_pipeline(run, sampling) if is_model else None
         for chosen in _get_protocols(protocol or (_FOLDER_PROTOCOL,), changes):
             folder = results / chosen.name
-            real_clips = None if data is None else open_clip_set(data, split=chosen.split)
+            real_clips = None if data is None else open_clip_set(data, split=chosen.split, background=chosen.background)
             if pipeline is None:
                 result = _measure_folder(open_clip_set(run), chosen, folder, real_clips)
             else:

@@ -65,7 +65,9 @@ def main(
     """
     check_minimum(1, count=count)
     chosen = get_protocol(protocol, metrics=metrics, weights=weights, count=count)
-    clips = None if data is None else EvaluationData(open_clip_set(data, split=chosen.split))
+    clips = (
+        None if data is None else EvaluationData(open_clip_set(data, split=chosen.split, background=chosen.background))
+    )
     pipeline = model.load_pipeline(run, sampling)
     sweep = sweep_sampling(
         pipeline,

@@ -54,6 +54,8 @@ class Views:
     """Additional, smaller limits on the number of pixels of a frame; each adds a view."""
     flips: bool | None = None
     """Add a mirrored copy of each view."""
+    background: str | None = None
+    """Colour behind transparent pixels, as in `DataConfig`."""
 
     def override(self, data: DataConfig, model: ModelConfig) -> tuple[DataConfig, ModelConfig]:
         """Return `data` and `model` with the fields that are set replaced."""
@@ -153,7 +155,7 @@ def _prepare_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
     if str(resolve(to_storage_path(data))) == str(resolve(folder / "data")):
         clips = run.training_clips
     else:
-        clips = open_datasets(data)
+        clips = open_datasets(data, captions=run.data.captions, background=run.data.background)
         clips = clips.exclude({info.name for info in clips.infos} & set(run.experiment.data.held_out))
         clips = _select_usable(clips.select_split("train"), run.requirements, run.data)
     return make_encoding(run), clips
@@ -180,7 +182,7 @@ def _prepare_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, 
         cond_latents=frames is not None and frames.rest == "grey",
     )
     requirements = ClipRequirements(limits=encoding.augmentations.list_limits(encoding.limits))
-    return encoding, _select_usable(open_datasets(data), requirements, settings)
+    return encoding, _select_usable(open_datasets(data, background=settings.background), requirements, settings)
 
 
 def _select_usable(clips: ClipSource, requirements: ClipRequirements, data: DataConfig) -> ClipSource:

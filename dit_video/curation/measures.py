@@ -15,8 +15,9 @@ from jaxtyping import Float, Float32, Real, UInt8
 
 from dit_video.data.ingest.screening import Borders
 from dit_video.video import TOLERANCE
+from dit_video.video.background import blend
 from dit_video.video.reader import wrap_decode_errors
-from dit_video.video.to_rgb import blend_over_black, is_full_range, is_transparent, read_orientation
+from dit_video.video.to_rgb import has_alpha, is_full_range, read_orientation
 
 LONG_SIDE = 256
 """Length of a thumbnail's longer side in pixels. Smaller frames are enlarged, so that measures are comparable."""
@@ -60,12 +61,12 @@ class ThumbnailMaker:
             height, width = (max(MIN_SHORT_SIDE, round(side * scale)) for side in (frame.height, frame.width))
             self._size = height, width
         picture = self._convert(self._thumbnail_reformatter, frame, "rgb24", *self._size)
-        return blend_over_black(picture) if is_transparent(frame) else picture
+        return blend(picture) if has_alpha(frame) else picture
 
     def make_tiny_picture(self, frame: av.VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
         """Return full-range RGB of a few pixels, each the average of an area, at an eighth of a thumbnail's cost."""
         picture = self._convert(self._tiny_reformatter, frame, "rgb24", height, width, _AREA)
-        return blend_over_black(picture) if is_transparent(frame) else picture
+        return blend(picture) if has_alpha(frame) else picture
 
     def make_luma(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W"]:
         """Return full-range luma at the stored size; transparency is over black."""
@@ -76,9 +77,9 @@ class ThumbnailMaker:
             ]
             return stored if is_full_range(frame) else _FULL_RANGE[stored]
         picture = self._convert(self._full_size_reformatter, frame, "gray", frame.height, frame.width)
-        if not is_transparent(frame):
+        if not has_alpha(frame):
             return picture
-        return np.rint(blend_over_black(picture) @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
+        return np.rint(blend(picture) @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
 
     def turn_upright(self, picture: Real[np.ndarray, "H W"], frame: av.VideoFrame) -> Real[np.ndarray, "h w"]:
         """Return a frame as it is shown, by quarter turns and reflections."""
@@ -104,7 +105,7 @@ class ThumbnailMaker:
                 frame,
                 width,
                 height,
-                format="rgba" if is_transparent(frame) else format,
+                format="rgba" if has_alpha(frame) else format,
                 src_color_range=ColorRange.JPEG if is_full_range(frame) else ColorRange.MPEG,
                 dst_color_range=ColorRange.JPEG,
                 interpolation=filter,

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex, overload
+from typing import Any, Literal, NamedTuple, SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +14,13 @@ import pyarrow.compute as pc
 import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float, Int64
 
+from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.shared_array import SharesArrays
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.data.records import RecordReader, make_bytes_feature, read_row
 from dit_video.data.tables import INDEX_FOLDER, MANIFEST, Table
+from dit_video.video.background import BLACK, Colour, parse_colour
 
 DATASET_NAME = KIND = "clips"
 FEATURES = {
@@ -75,12 +77,14 @@ class ClipSource(SharesArrays):
       folders: Data set that `ingest` wrote: a folder or an address (`gs://…`, see `core.storage`), or several by name.
       where: Condition on columns that the clips meet, such as `motion > 5 and sharpness > 60`, see `data.where`.
       captions: Columns of captions, with the share of each in training; by default the source's own captions alone.
+      background: Colour behind transparent pixels; "random" for another one for each clip and each part of it that is
+        read, "file" for the one that a clip's file names.
       cache: Folder of the columns of large data sets; `tables.get_default_cache()` if None.
 
     Raises:
       MissingError: If a folder does not exist.
-      UserError: If a folder is not an ingested data set of this version, or cannot be reached; the condition is
-        invalid.
+      UserError: If a folder is not an ingested data set of this version, or cannot be reached; the condition or the
+        background is invalid.
     """
 
     def __init__(
@@ -89,10 +93,12 @@ class ClipSource(SharesArrays):
         *,
         where: str = "",
         captions: Mapping[str, float] | None = None,
+        background: str = "black",
         cache: str | os.PathLike | None = None,
     ):
         named = {f"{name}/": path for name, path in folders.items()} if isinstance(folders, Mapping) else {"": folders}
         self._captions: dict[str, float] = dict(captions or {"captions": 1.0})
+        self._background = parse_background(background)
         self._prefixes: tuple[str, ...] = tuple(named)
         self.tables: tuple[Table, ...] = tuple(
             Table(path, kind=KIND, cache=None if cache is None else Path(cache)) for path in named.values()
@@ -141,6 +147,32 @@ class ClipSource(SharesArrays):
             table = self.tables[number]
             fix = f"Remove {table.folder}/{INDEX_FOLDER}/{table.get_part(row)}.parquet, and run the ingest again."
             raise DecodeError(f"the record of {self.infos[int(index)].name}: {error}. {fix}") from error
+
+    def get_background(self, index: int, start: int = 0) -> Colour | Literal["file"]:
+        """Return the colour behind the transparent pixels of a clip, from frame `start` on; see `video.decode`."""
+        if self._background != "random":
+            return self._background
+        red, green, blue = rng.make_generator(start, "background", self.infos[index].id).integers(256, size=3).tolist()
+        return red, green, blue
+
+    def list_contents(self) -> list[str]:
+        """Return for each clip what its pixels follow from: the hash of its bytes, and the colour behind them."""
+        payloads = self.column("payload")
+        if self._background == BLACK:
+            return payloads
+        pairs = zip(self.tables, self._rows, strict=True)
+        are_transparent = [
+            # Of data sets of versions that did not look, any clip may be transparent.
+            pc.fill_null(table.arrow("transparent"), True).to_numpy()[rows]
+            if "transparent" in table.types
+            else np.ones(len(rows), bool)
+            for table, rows in pairs
+        ]
+        flags = np.concatenate(are_transparent).tolist()
+        return [
+            f"{payload} over {self._background}" if is_transparent else payload
+            for payload, is_transparent in zip(payloads, flags, strict=True)
+        ]
 
     def column(self, name: str) -> Any:
         """Return a column of all clips: an array of numbers, or a list of other values; `name` is that in `infos`.
@@ -309,6 +341,15 @@ class _ClipInfos(Sequence[ClipInfo]):
 
     def __repr__(self) -> str:
         return repr(tuple(self))
+
+
+def parse_background(text: str) -> Colour | Literal["random", "file"]:
+    """Return what is behind transparent pixels by its name, see `ClipSource`.
+
+    Raises:
+      UserError: If there is no such background.
+    """
+    return text if text == "random" or text == "file" else parse_colour(text)
 
 
 def is_ingested(folder: StoragePathLike) -> bool:

@@ -107,8 +107,8 @@ def count_all_sampled_frames(source: ClipSource, limits: SizeLimits) -> Int64[np
 
 
 def hash_clips(source: ClipSource) -> str:
-    """Return a hash of the names, bytes, sizes, rates and lengths of clips: of all that decoded frames depend on."""
-    texts = (*source.column("name"), *source.column("payload"))
+    """Return a hash of names, contents, sizes, rates and lengths of clips: of all that decoded frames depend on."""
+    texts = (*source.column("name"), *source.list_contents())
     content = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass"))
     for name in ("height", "width", "frames", "fps", "seconds"):
         content.update(source.column(name).astype("<f8").tobytes())
@@ -160,7 +160,8 @@ def read_fitted_clip(source: ClipSource, index: int, limits: SizeLimits, *, star
         )
     encoded = source[index]
     try:
-        clip = decode(encoded, size=size, start=start / fps, fps=fps)
+        background = source.get_background(index, start)
+        clip = decode(encoded, size=size, start=start / fps, fps=fps, background=background)
     except DecodeError:
         raise
     except UserError as error:  # the clip has fewer frames than at ingest

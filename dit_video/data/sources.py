@@ -218,7 +218,13 @@ class ClipExamples:
         start = int(generator.integers(count_sampled_frames(info, self._limits) - size.t + 1))
         height, width = compute_covering_size(info, size)
         top, left = (int(generator.integers(spare + 1)) for spare in (height - size.h, width - size.w))
-        clip = decode(self._clips[entry.example], size=Grid(size.t, height, width), start=start / fps, fps=fps)
+        clip = decode(
+            self._clips[entry.example],
+            size=Grid(size.t, height, width),
+            start=start / fps,
+            fps=fps,
+            background=self._clips.get_background(entry.example, start),
+        )
         # Copy the crop, so that the memory of the whole frames is freed.
         frames = clip.frames[:, top : top + size.h, left : left + size.w]
         return DecodedClip(np.ascontiguousarray(frames), start, FrameCrop(height, width, top, left))

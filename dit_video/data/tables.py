@@ -396,7 +396,11 @@ class Table:
         if not source:
             index = self.folder / INDEX_FOLDER
             for path in map_threads(lambda part: self._localize(index / f"{part}{SUFFIX}", part), self._parts):
-                yield open_parquet(path).read(columns=[name])[name]
+                part = open_parquet(path)
+                if name in part.schema_arrow.names:
+                    yield part.read(columns=[name])[name]
+                else:  # of a version that had no such column
+                    yield pa.chunked_array([pa.nulls(part.metadata.num_rows, self.types[name])])
             return
         path = self._localize(self._files[source], f"{source}-{self._hashes[source][:16]}")
         file = open_parquet(path)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
-from dit_video.data.clips import ClipSource, is_ingested
+from dit_video.data.clips import ClipSource, is_ingested, parse_background
 from dit_video.data.ingest.formats import list_clips
 from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
 from dit_video.tokens import Grid
@@ -46,16 +46,17 @@ NO_CLIPS = ClipSet("nothing", (), (), _read_nothing)
 """The empty set."""
 
 
-def open_clip_set(folder: str | Path, *, split: str = "") -> ClipSet:
+def open_clip_set(folder: str | Path, *, split: str = "", background: str = "black") -> ClipSet:
     """Open the clips of a folder: samples, an ingested data set, or any folder that `tools/ingest.py` reads.
 
     Args:
       folder: The folder.
       split: Split of a data set; all of its clips if empty.
+      background: Colour behind transparent pixels of data, see `ClipSource`; "random" is for data sets alone.
 
     Raises:
       MissingError: If the folder does not exist.
-      UserError: If the folder holds no clips, or none of this split.
+      UserError: If the folder holds no clips, or none of this split; or the background is invalid.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -63,7 +64,7 @@ def open_clip_set(folder: str | Path, *, split: str = "") -> ClipSet:
     if (folder / PROMPTS_FILE).is_file():
         prompts, files = zip(*list_samples(folder), strict=True)
         return make_file_set(folder, files, prompts)
-    return _open_dataset(folder, split) if is_ingested(folder) else _open_files(folder, split)
+    return (_open_dataset if is_ingested(folder) else _open_files)(folder, split, background)
 
 
 def make_fitted_set(clips: ClipSource, limits: SizeLimits, *, location: str) -> ClipSet:
@@ -123,8 +124,8 @@ def list_samples(folder: str | Path) -> list[tuple[str, str]]:
     return [(prompt, name) for name, prompt in samples.items()]
 
 
-def _open_dataset(folder: Path, split: str) -> ClipSet:
-    source = ClipSource(folder)
+def _open_dataset(folder: Path, split: str, background: str) -> ClipSet:
+    source = ClipSource(folder, background=background)
     if split:
         source = source.select_split(split)
         _check_not_empty(len(source), folder, split)
@@ -132,21 +133,23 @@ def _open_dataset(folder: Path, split: str) -> ClipSet:
     def read(index: int, fps: float | None) -> Clip:
         info, rate = source.infos[index], fps or source.infos[index].fps
         count = 1 + int(info.seconds * rate + 1e-6)
-        clip = decode(source[index], frames=count, fps=rate)
+        clip = decode(source[index], frames=count, fps=rate, background=source.get_background(index))
         return replace(clip, caption=info.caption)
 
     names = tuple(info.name for info in source.infos)
     return ClipSet(str(folder), names, tuple(info.caption for info in source.infos), read)
 
 
-def _open_files(folder: Path, split: str) -> ClipSet:
+def _open_files(folder: Path, split: str, background: str) -> ClipSet:
+    if (colour := parse_background(background)) == "random":
+        raise UserError(f"background={background!r} is invalid for files: ingest {folder}, or use a colour")
     listing = list_clips(folder)
     clips = [clip for clip in listing.clips if split in ("", clip.split)]
     _check_not_empty(len(clips), folder, split)
     captions = tuple(clip.captions[0] if clip.captions else "" for clip in clips)
 
     def read(index: int, fps: float | None) -> Clip:
-        return replace(decode(clips[index].read(), fps=fps), caption=captions[index])
+        return replace(decode(clips[index].read(), fps=fps, background=colour), caption=captions[index])
 
     return ClipSet(str(folder), tuple(clip.name for clip in clips), captions, read, dict(listing.rejected))
 

@@ -146,6 +146,8 @@ class EvaluationProtocol:
     """Number of data clips; None for all."""
     split: str = ""
     """Split of the data; all of its clips if empty."""
+    background: str = "black"
+    """Colour behind transparent pixels of the data, as in `DataConfig`: that with which the model was trained."""
     codec: Literal["mp4", "webm", "apng"] = "mp4"
     """Format of the sample files, which measurements read; apng is lossless, and images are png."""
     crf: int | None = 10

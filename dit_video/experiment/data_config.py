@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.data.clips import parse_background
 from dit_video.data.latents.plan import Augmentations
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.usable_clips import ClipRequirements
@@ -34,6 +35,9 @@ class DataConfig:
     captions: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Columns of captions and the share of each in training, such as {"long": 0.7, "short": 0.3}; if empty, the
     captions of the source."""
+    background: str = "black"
+    """Colour behind transparent pixels, such as white or #f2f2f2; `random` for another one for each clip and each part
+    of it that is read, `file` for the one that a clip's file names."""
     max_excluded_share: float = 0.01
     """Maximum share of the training clips that are excluded because they cannot be used, such as those smaller than one
     multiple; with more of them it is an error."""
@@ -57,6 +61,7 @@ class DataConfig:
         positive = {"clips_per_video": self.clips_per_video, "resolutions": min(self.resolutions, default=1)}
         check_at_least(1, **{f"data.{name}": value for name, value in positive.items()})
         check_at_least(0, workers=self.workers)
+        parse_background(self.background)
         for name, share in self.captions.items():
             if not 0 < share < math.inf:
                 raise UserError(

@@ -86,12 +86,15 @@ def link_datasets(
         write_json(folder / _NAMES_FILE, names)
 
 
-def open_datasets(folder: StoragePathLike, *, captions: Mapping[str, float] | None = None) -> ClipSource:
-    """Open all clips of a data set, or of a folder that `link_datasets` made; for `captions` see `ClipSource`."""
+def open_datasets(
+    folder: StoragePathLike, *, captions: Mapping[str, float] | None = None, background: str = "black"
+) -> ClipSource:
+    """Open all clips of a data set, or of a folder that `link_datasets` made; for the options see `ClipSource`."""
     location = to_storage_path(folder)
     if not isinstance(location, Path) or not (location / _NAMES_FILE).is_file():
-        return ClipSource(resolve(location), captions=captions)
-    return ClipSource({name: resolve(location / name) for name in read_json(location / _NAMES_FILE)}, captions=captions)
+        return ClipSource(resolve(location), captions=captions, background=background)
+    named = {name: resolve(location / name) for name in read_json(location / _NAMES_FILE)}
+    return ClipSource(named, captions=captions, background=background)
 
 
 def list_datasets(folder: Path) -> tuple[StoragePath, ...]:

@@ -731,7 +731,8 @@ class Run:
     @functools.cached_property
     def clips(self) -> ClipSource:
         """Return all ingested clips."""
-        return datasets.open_datasets(self.folder / "data", captions=self.data.captions)
+        data = self.data
+        return datasets.open_datasets(self.folder / "data", captions=data.captions, background=data.background)
 
     @property
     def requirements(self) -> ClipRequirements:

@@ -296,8 +296,16 @@ def _find_transport_gap(file: File, stream: int) -> int | None:
     return first + int(min(lost)) * size if lost else None
 
 
-def is_whole_gif_packet(content: bytes) -> bool:
-    """Return whether a packet of a GIF holds its image to the end (GIF89a, 20 to 24); ffmpeg shows what there is."""
+def check_gif_packet(content: bytes, width: int) -> None:
+    """Check what ffmpeg shows in silence, wrongly: an image that ends early, or is wider than the canvas.
+
+    Args:
+      content: A packet of a GIF (GIF89a, 20 to 24).
+      width: Width of the canvas.
+
+    Raises:
+      ValueError: If the packet has such an image.
+    """
     offset = 0
     if content.startswith(b"GIF8"):
         offset = 13 + _measure_colours(content[10:11])
@@ -306,15 +314,18 @@ def is_whole_gif_packet(content: bytes) -> bool:
         if kind == b"!":  # an extension: its label, and blocks
             offset += 2
         elif kind == b",":  # an image: its place, its colours, the size of its codes, and blocks
+            if int.from_bytes(content[offset + 5 : offset + 7], "little") > width:
+                raise ValueError("an image is wider than the canvas")
             offset += 11 + _measure_colours(content[offset + 9 : offset + 10])
+        elif kind == b";":
+            return
         else:
-            return kind == b";"
+            break
         while (size := content[offset : offset + 1]) not in (b"", b"\0"):
             offset += 1 + size[0]
         offset += 1
-        if offset > len(content):
-            return False
-    return True
+    if offset != len(content):
+        raise ValueError("an image ends early")
 
 
 def _measure_colours(flags: bytes) -> int:

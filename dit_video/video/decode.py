@@ -6,16 +6,24 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.grid import Grid
+from dit_video.video.background import BLACK, Colour, read_file_background
 from dit_video.video.clip import Clip
 from dit_video.video.comments import read_caption
 from dit_video.video.reader import TOLERANCE, TimedFrame, Video, get_frame_format, make_filter_graph, wrap_decode_errors
-from dit_video.video.to_rgb import RgbConverter, compute_display_size, get_transfer, make_resize_error
+from dit_video.video.to_rgb import (
+    RgbConverter,
+    compute_display_size,
+    get_transfer,
+    is_transparent,
+    make_resize_error,
+)
 
 MAX_BYTES = 1 << 34
 """Maximum bytes of a clip's frames: more raises an error instead of exhausting the machine's memory."""
@@ -39,6 +47,8 @@ class VideoInfo:
     """Name of ffmpeg's decoder."""
     transfer: str = "sdr"
     """Transfer function of the first frame: "sdr", or "pq" or "hlg" for HDR, which `decode` maps to SDR."""
+    transparent: bool = False
+    """Whether a pixel is transparent."""
 
 
 def decode(
@@ -48,11 +58,12 @@ def decode(
     frames: int | None = None,
     start: float = 0.0,
     fps: float | int | None = None,
+    background: Colour | Literal["file"] = BLACK,
 ) -> Clip:
     """Decode a video or image file to upright frames in square pixels and full-range RGB.
 
     Rotation and flips, pixel aspect ratio, colour matrix and range are read from the file, as ffmpeg does; values that
-    are missing are guessed as players do. Transparent pixels are blended over black. Interlaced frames are
+    are missing are guessed as players do. Transparent pixels are blended over a colour. Interlaced frames are
     deinterlaced, one picture per frame. HDR (PQ, HLG) is mapped to standard dynamic range: diffuse white becomes 255,
     and highlights are clipped. The caption is that of the clip that was saved; empty in files of other programs.
 
@@ -64,6 +75,8 @@ def decode(
       start: Seconds after the first frame; the first frame returned is the one shown at that time.
       fps: Sampling rate: the frame shown at every time `start + k / fps` is returned, which is the latest one at or
         before it (a rate above the native one repeats frames). By default all frames, at the stream's average rate.
+      background: Colour behind transparent pixels, or "file" for the one that a GIF, PNG, APNG or WebP file names,
+        which is black if it names none.
 
     Raises:
       MissingError: If the file does not exist.
@@ -74,20 +87,26 @@ def decode(
     count = _check_request(size, frames, start, fps)
     with Video(source) as video:
         convert = RgbConverter(
-            video.name, video.sample_aspect, None if size is None else (size.h, size.w), profile=video.profile
+            video.name,
+            video.sample_aspect,
+            None if size is None else (size.h, size.w),
+            profile=video.profile,
+            background=(read_file_background(video.read_content()) or BLACK) if background == "file" else background,
         )
         pictures: list[np.ndarray] = []
-        last = None
+        first = last = None
         for timed in sample_frames(deinterlace(video.read_frames(start), video.name), start, fps, count):
             # A frame that is sampled twice is the same object twice and is converted once.
             pictures.append(pictures[-1] if timed is last else convert(timed.frame, timed.time))
-            last = timed
+            first, last = first or timed, timed
             if len(pictures) * pictures[0].nbytes > MAX_BYTES:
                 raise UserError(
                     f"a clip of {video.name} would exceed {MAX_BYTES >> 30} GiB of frames; use fewer frames, a lower "
                     "fps or a smaller size"
                 )
         rate, caption = video.get_rate(len(pictures)), read_caption(video)
+    if first is not None and last is not None:
+        rate = compute_average_fps(len(pictures), last.time - first.time, rate)
     if not pictures:
         raise _make_no_frames_error(video.name, start)
     if count is not None and len(pictures) < count:
@@ -119,7 +138,7 @@ def probe(
       DecodeError: If the file is not a readable video or image, is damaged, or its frames change their size.
     """
     with Video(source, is_exact=is_exact) as video:
-        count, size, last_time, stored_size, transfer = 0, (0, 0), 0.0, (0, 0), "sdr"
+        count, size, last_time, stored_size, transfer, transparent = 0, (0, 0), 0.0, (0, 0), "sdr", False
         for timed in video.read_frames():
             before, stored_size = stored_size, (timed.frame.height, timed.frame.width)
             if count and stored_size != before:
@@ -131,6 +150,8 @@ def probe(
                 transfer = get_transfer(timed.frame)
                 # Raises the errors of `decode`.
                 RgbConverter(video.name, video.sample_aspect, (8, 8))(timed.frame, timed.time)
+            with wrap_decode_errors(video.name, f"at {timed.time:.2f} s"):
+                transparent = transparent or is_transparent(timed.frame)
             if on_frame is not None:
                 on_frame(timed.time, timed.frame)
             count, last_time = count + 1, timed.time
@@ -145,6 +166,7 @@ def probe(
         seconds=last_time,
         codec=video.codec,
         transfer=transfer,
+        transparent=transparent,
     )
 
 

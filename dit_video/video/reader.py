@@ -1,8 +1,9 @@
 """Reader of video and image files: frames with the time from which each is shown, for any file that ffmpeg reads.
 
 The header of mp4 and mov is checked before ffmpeg allocates memory for it. Pillow reads what ffmpeg does not: animated
-WebP, and pictures in HEIF files (HEIC, AVIF; for HEIC with the package pillow-heif), of which ffmpeg gives tiles and
-transparency one by one, with the padding of tiles, and without rotation.
+WebP; pictures in HEIF files (HEIC, AVIF; for HEIC with the package pillow-heif), of which ffmpeg gives tiles and
+transparency one by one, with the padding of tiles, and without rotation; and TIFF, of which ffmpeg makes up what is
+missing, or refuses each file with a tag that it does not know.
 """
 
 import contextlib
@@ -25,10 +26,10 @@ from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.video.colours import TRANSFERS, convert_to_srgb
 from dit_video.video.containers import (
     Crop,
+    check_gif_packet,
     check_is_gapless,
     check_is_whole,
     check_mp4_header,
-    is_whole_gif_packet,
     read_crops,
 )
 from dit_video.video.webp import AnimatedWebp, is_animated_webp
@@ -59,7 +60,7 @@ _DECODE_EXCEPTIONS = (av.FFmpegError, ValueError, ArithmeticError, LookupError, 
 """Exceptions of PyAV for damaged files: ffmpeg's errors, text that is not UTF-8, rates of n/0, sizes that overflow."""
 _REFERENCE_DECODERS = ("h264", "hevc")
 """Codecs whose decoders can leave out, packet by packet, frames to which no others refer."""
-_STRICT_DECODERS = ("mjpeg", "tiff", "png", "apng")
+_STRICT_DECODERS = ("mjpeg", "png", "apng")
 """Decoders that make up what is missing of a picture, and say so only when they are asked to fail. Those of videos
 would fail on files that are shown everywhere, and at most places to which one may seek."""
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -163,6 +164,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
             "protocol_whitelist": "none",
             "format_whitelist": _CONTAINERS,
             "max_pixels": str(MAX_PIXELS),
+            "default_fps": "10",  # of frames of an APNG that have no duration, as of other animations
         }
         try:
             container = av.open(file, "r", options=options, buffer_size=_BUFFER_BYTES, **_TAG_OPTIONS)
@@ -213,12 +215,12 @@ class Video(contextlib.AbstractContextManager["Video"]):
         pixels = context.width * context.height
         self._pictures: Iterable[av.VideoFrame] | None = None
         # Pillow would leave HDR as it is.
-        if heif_kind and (len(streams) > 1 or int(context.color_trc) not in TRANSFERS):
-            self._pictures = (read_heif(self.read_content(), self.name),)
+        if (heif_kind and (len(streams) > 1 or int(context.color_trc) not in TRANSFERS)) or self.codec == "tiff":
+            self._pictures = (read_picture(self.read_content(), self.name),)
         elif is_animated_webp(self.head):
             self._pictures = animation = AnimatedWebp(self.read_content())
             check_size(animation.height, animation.width, self.name)
-            self.claimed_seconds, pixels = sum(animation.durations), animation.height * animation.width
+            self.claimed_seconds, pixels = sum(animation.milliseconds) / 1000, animation.height * animation.width
         if stream.metadata.get("alpha_mode") == "1" and self.codec in _ALPHA_DECODERS:
             context = cast(av.VideoCodecContext, av.CodecContext.create(_ALPHA_DECODERS[self.codec], "r"))
         context.thread_count = 1
@@ -245,7 +247,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
         candidates = rates if self._start_time is not None else rates[1:]
         self._rate = next((float(rate) for rate in candidates if rate), 25.0)
         if isinstance(self._pictures, AnimatedWebp) and self.claimed_seconds:
-            self._rate = len(self._pictures.durations) / self.claimed_seconds
+            self._rate = len(self._pictures.milliseconds) / self.claimed_seconds
         if self.guard is not None:
             total_pixels = int(pixels * max(1.0, self.claimed_seconds * self._rate))
             self.guard.limit_reading(self._length, pixels, total_pixels)
@@ -378,8 +380,8 @@ class Video(contextlib.AbstractContextManager["Video"]):
                     # Of frames that are not shown, those alone are decoded that others refer to.
                     is_discarded = packet.is_discard
                     self._context.skip_frame = "NONREF" if is_discarded else "DEFAULT"
-                if packet is not None and self.codec == "gif" and not is_whole_gif_packet(bytes(packet)):
-                    raise ValueError("an image ends early")
+                if packet is not None and self.codec == "gif":
+                    check_gif_packet(bytes(packet), self._context.width)
                 frames = self._context.decode(packet)
             for frame in frames:
                 frame.time_base = frame.time_base or self._stream.time_base
@@ -425,11 +427,11 @@ def find_heif_kind(head: bytes) -> str:
     return _BRANDS.get(head[8:12], "") if head[4:8] == b"ftyp" else ""
 
 
-def read_heif(content: bytes, name: str) -> av.VideoFrame:
-    """Return the whole picture, upright and in sRGB.
+def read_picture(content: bytes, name: str) -> av.VideoFrame:
+    """Return a picture in HEIF or the first one in TIFF, upright and in sRGB.
 
     Raises:
-      DecodeError: If the picture is too large, or a package is not installed.
+      DecodeError: If the picture is too large, a package is not installed, or its pixels are no colours.
       OSError: If the picture is damaged.
     """
     with contextlib.suppress(ImportError):
@@ -437,7 +439,7 @@ def read_heif(content: bytes, name: str) -> av.VideoFrame:
 
         pillow_heif.register_heif_opener()
     Image.init()
-    formats: list[str] = [format for format in ("AVIF", "HEIF") if format in Image.OPEN]
+    formats: list[str] = [format for format in ("AVIF", "HEIF", "TIFF") if format in Image.OPEN]
     if find_heif_kind(content) == "heic" and "HEIF" not in formats:
         raise DecodeError(
             f"{name} is HEIC, which needs a package that is not installed: pip install pillow-heif, or convert it"
@@ -446,7 +448,12 @@ def read_heif(content: bytes, name: str) -> av.VideoFrame:
         with Image.open(io.BytesIO(content), formats=formats) as image:
             check_size(image.height, image.width, name)
             profile, format = image.info.get("icc_profile"), "rgba" if image.has_transparency_data else "rgb24"
-            picture = np.array(ImageOps.exif_transpose(image).convert("RGBA" if format == "rgba" else "RGB"))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode in ("I", "F"):
+                raise DecodeError(f"{name} has pixels of 32 bits; convert it to 8 or 16 bits a colour")
+            if upright.mode.startswith("I;16"):  # gray of 16 bits, which Pillow would clip
+                upright = Image.fromarray(np.rint(np.asarray(upright) / 257).astype(np.uint8))
+            picture = np.array(upright.convert("RGBA" if format == "rgba" else "RGB"))
     except (RuntimeError, SyntaxError) as error:  # of Pillow's plugins
         raise OSError(str(error)) from error
     if profile:

@@ -12,6 +12,7 @@ from jaxtyping import UInt8, UInt16
 
 from dit_video.core.errors import DecodeError
 from dit_video.core.resize import resize
+from dit_video.video.background import BLACK, Colour, blend
 from dit_video.video.colours import TRANSFERS, convert_to_srgb, map_to_sdr
 from dit_video.video.encode import ACCURATE_FLAGS
 from dit_video.video.reader import check_size, make_filter_graph, wrap_decode_errors
@@ -119,12 +120,20 @@ class RgbConverter:
       sample_aspect: Width of a stored pixel divided by its height.
       size: Height and width of the pictures; None uses their display size.
       profile: Colour profile of the pictures; None for a frame's own profile, if it has one.
+      background: Colour behind transparent pixels.
     """
 
     def __init__(
-        self, name: str, sample_aspect: Fraction, size: tuple[int, int] | None, *, profile: bytes | None = None
+        self,
+        name: str,
+        sample_aspect: Fraction,
+        size: tuple[int, int] | None,
+        *,
+        profile: bytes | None = None,
+        background: Colour = BLACK,
     ):
         self._name, self._aspect, self._size, self._profile = name, sample_aspect, size, profile
+        self._background = background
         self._reformatter, self._stored_size = VideoReformatter(), (0, 0)
 
     def __call__(self, frame: av.VideoFrame, time: float) -> UInt8[np.ndarray, "H W 3"]:
@@ -152,8 +161,8 @@ class RgbConverter:
 
     def _convert_stored(self, frame: av.VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
         """Return the picture before it is made upright."""
-        if is_transparent(frame):
-            image = blend_over_black(self._reformat(frame, "gbrap"))
+        if has_alpha(frame):
+            image = blend(self._reformat(frame, "gbrap"), self._background)
         elif (transfer := get_transfer(frame)) != "sdr":
             return map_to_sdr(self._reformat(frame, "gbrp16le", height, width), transfer, int(frame.color_primaries))
         elif frame.format.is_rgb:
@@ -203,18 +212,14 @@ class RgbConverter:
         return _COLORSPACES[space]
 
 
-def is_transparent(frame: av.VideoFrame) -> bool:
+def has_alpha(frame: av.VideoFrame) -> bool:
     """Return whether a frame's format has transparency; any colour of a palette may be transparent."""
     return frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
 
 
-def blend_over_black(image: UInt8[np.ndarray, "H W 4"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Return colours times alpha / 255, rounded to nearest, as ffmpeg's overlay does."""
-    colours, alpha = image[..., :3], image[..., 3:]
-    if alpha.min() == 255:
-        return colours
-    product = colours.astype(np.uint16) * alpha + np.uint16(128)
-    return ((product + (product >> 8)) >> 8).astype(np.uint8)  # an exact rounded division by 255
+def is_transparent(frame: av.VideoFrame) -> bool:
+    """Return whether a pixel of a frame is transparent."""
+    return has_alpha(frame) and bool(frame.reformat(format="rgba", threads=1).to_ndarray()[..., 3].min() < 255)
 
 
 def is_full_range(frame: av.VideoFrame) -> bool:

@@ -26,6 +26,8 @@ _ANIMATION = 0x02
 """Flag of the chunk VP8X."""
 _NO_BLENDING = 0x02
 """Flag of the chunk ANMF: a frame replaces the one before."""
+_UNTIMED_MILLISECONDS = 100
+"""Time of a frame whose duration is zero, as in browsers."""
 
 
 def encode_webp(
@@ -66,6 +68,12 @@ def find_webp_comment(content: bytes) -> str:
     return next(comments, b"").decode("latin-1")
 
 
+def find_webp_background(content: bytes) -> tuple[int, int, int] | None:
+    """Return the background colour that an animation names; None if it names none, or a transparent one."""
+    data = next((data for name, data in _read_chunks(content) if name == b"ANIM"), b"")
+    return (data[2], data[1], data[0]) if len(data) >= 4 and data[3] else None
+
+
 def is_animated_webp(head: bytes) -> bool:
     """Return whether a file is an animated WebP, by its first 21 bytes."""
     return head[8:16] == b"WEBPVP8X" and bool(head[20:21]) and bool(head[20] & _ANIMATION)
@@ -79,8 +87,10 @@ class AnimatedWebp:
         chunks = list(_read_chunks(content))
         header = chunks[0][1]
         self.width, self.height = _read_24_bits(header, 4) + 1, _read_24_bits(header, 7) + 1
-        self.durations = tuple(_read_24_bits(data, 12) / 1000 for name, data in chunks if name == b"ANMF")
-        """Duration of each frame, in seconds."""
+        self.milliseconds = tuple(
+            _read_24_bits(data, 12) or _UNTIMED_MILLISECONDS for name, data in chunks if name == b"ANMF"
+        )
+        """Duration of each frame."""
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
         """Yield the frames, whole and in sRGB, with their times.
@@ -89,14 +99,15 @@ class AnimatedWebp:
           OSError, EOFError: If the file is damaged.
         """
         with Image.open(io.BytesIO(self._content), formats=["WEBP"]) as image:
-            for number in range(len(self.durations)):
+            start = 0
+            for number, duration in enumerate(self.milliseconds):
                 image.seek(number)
                 picture = np.array(image)
                 if profile := image.info.get("icc_profile"):
                     picture[..., :3] = convert_to_srgb(picture[..., :3], profile)
                 frame = av.VideoFrame.from_ndarray(picture, format={"RGB": "rgb24", "RGBA": "rgba"}[image.mode])
-                frame.pts, frame.duration = image.info["timestamp"], image.info["duration"]
-                frame.time_base = Fraction(1, 1000)
+                frame.pts, frame.duration, frame.time_base = start, duration, Fraction(1, 1000)
+                start += duration
                 yield frame
 
 

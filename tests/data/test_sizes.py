@@ -26,6 +26,7 @@ from dit_video.data.sizes import (
 )
 from dit_video.tokens import Grid
 from dit_video.video import Clip
+from dit_video.video.background import BLACK
 
 STRIDE = Grid(4, 16, 16)
 
@@ -93,7 +94,7 @@ class MetadataSource(ClipSource):
     infos = None
 
     def __init__(self, infos):
-        self.infos = tuple(infos)
+        self.infos, self._background = tuple(infos), BLACK
 
     def column(self, name):
         return np.asarray([getattr(one, name) for one in self.infos])

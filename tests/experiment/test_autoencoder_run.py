@@ -1,5 +1,6 @@
 """Training runs of other autoencoders and losses than those of the tiny run."""
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import jax
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dit_video.core import config_json
 from dit_video.core.errors import MissingError, UserError
+from dit_video.core.files import read_json, write_json
 from dit_video.core.registry import register
 from dit_video.data.windows import FittedWindows, WindowConfig
 from dit_video.experiment.run import Run
+from dit_video.experiment.stages.autoencoder import WINDOWS
 from dit_video.models.autoencoders import (
     AdversarialConfig,
     AutoencoderConfig,
@@ -79,7 +83,7 @@ def test_an_autoencoder_is_that_of_another_run_as_soon_as_it_is_trained(tiny, ti
         Run.create(tmp_path / "wider", wider).read_autoencoder()
 
 
-def test_a_folder_of_small_squares_and_pictures_is_trained_on(tiny, tmp_path):
+def test_a_folder_of_small_squares_and_pictures_is_trained_on(tiny, tmp_path, capsys):
     """All of them: the windows follow from the clips, and only then can be too small for the loss."""
     clips = tmp_path / "clips"
     clips.mkdir()
@@ -95,12 +99,30 @@ def test_a_folder_of_small_squares_and_pictures_is_trained_on(tiny, tmp_path):
     assert {tuple(window.size): window.batch for window in windows} == {(9, 16, 16): 8, (1, 16, 16): 8}
     run.run_stages("autoencoder")
     assert not list(stage.open_batches(run, stage.open_crops(run), 0).excluded_clips)
+    told = "1x16x16 of 4 clips (8 a step), 9x16x16 of 2 clips (8 a step)"
+    assert capsys.readouterr().err.partition("windows of ")[2].partition("\n")[0] == told
     loss = AutoencoderObjective(adversarial=AdversarialConfig(width=4, layers=5))
     other = Run.create(tmp_path / "other", experiment.replace_stage("autoencoder", loss=loss))
     other.take(clips)
     with pytest.raises(UserError, match="needs windows of 32 pixels or more, but one has 16"):
         other.check()
     assert not (tmp_path / "other" / "autoencoder").exists()
+
+
+def test_windows_stay_those_that_were_chosen_first(tiny, tiny_clips, tmp_path):
+    """A later version may choose others, and a training is continued exactly."""
+    experiment = tiny.EXPERIMENT.replace_stage("autoencoder", windows=FittedWindows(batch=2), steps=4)
+    run = Run.create(tmp_path / "run", experiment)
+    run.take(tiny_clips)
+    run.run_stages("autoencoder")
+    record = tmp_path / "run" / "autoencoder" / WINDOWS
+    (first, *_) = read_json(record)
+    window = WindowConfig(size=Grid(5, 16, 24), batch=3)
+    assert config_json.from_json(first["window"]) != window
+    write_json(record, [first | {"window": config_json.to_json(window)}])
+    training = experiment.get_stage("autoencoder").open_training(run, is_new=False)
+    with contextlib.closing(training.open_batches(4)) as batches:
+        assert next(batches).shape == (3, 5, 16, 24, 3)
 
 
 def test_weights_of_lpips_that_are_not_there_end_a_run_before_it_trains(tiny, tiny_clips, tmp_path):

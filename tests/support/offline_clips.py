@@ -10,6 +10,7 @@ from dit_video.data.latents.plan import Encoding
 from dit_video.data.sizes import SizeLimits
 from dit_video.models.autoencoders import PatchVaeConfig
 from dit_video.tokens import Grid
+from dit_video.video.background import BLACK
 from dit_video.video.encode import encode_frames
 from support.random_params import make_random_params
 
@@ -26,6 +27,7 @@ class MemorySource(ClipSource):
 
     def __init__(self, infos, contents):
         self.infos, self.contents, self.read = tuple(infos), contents, []
+        self._background = BLACK
 
     def __len__(self):
         return len(self.infos)

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from dit_video.core.errors import DecodeError
 from dit_video.video import decode, probe
@@ -54,6 +54,41 @@ def test_display_p3_becomes_srgb(format):
     converted = decode(save(picture, format, icc_profile=make_p3_profile(), **options.get(format, {}))).frames[0]
     assert np.abs(converted - convert_p3(plain)).max() <= 2
     assert np.abs(converted - plain.astype(int)).max() > 10
+
+
+TAGS = {"XMP": (700, b"<x:xmpmeta/>"), "Photoshop": (34377, b"8BIM"), "GDAL": (42112, "<GDALMetadata/>")}
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_tiff_has_tags_of_other_programs(tag):
+    tags, picture = TiffImagePlugin.ImageFileDirectory_v2(), make_smooth_picture(3)
+    tags[TAGS[tag][0]] = TAGS[tag][1]
+    np.testing.assert_array_equal(decode(save(picture, "TIFF", tiffinfo=tags)).frames[0], picture)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "tiff_lzw"}, {"compression": "tiff_adobe_deflate"}])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "1"])
+def test_a_tiff_is_read_in_each_of_its_modes(mode, options):
+    image = Image.fromarray(make_smooth_picture(3 if mode == "P" else 4)).convert(mode)
+    file = io.BytesIO()
+    image.save(file, "TIFF", **options)
+    rgba = np.asarray(image.convert("RGBA")).astype(int)
+    assert np.abs(decode(file.getvalue()).frames[0] - rgba[..., :3] * rgba[..., 3:] / 255).max() <= 1
+
+
+def test_a_tiff_of_more_bits_is_rounded_or_refused():
+    values = np.linspace(0, 65535, 48 * 64).reshape(48, 64)
+    result = decode(save(values.astype(np.uint16), "TIFF")).frames[0]
+    assert np.abs(result - values[..., None] / 257).max() <= 0.51
+    with pytest.raises(DecodeError, match="has pixels of 32 bits; convert it to 8 or 16 bits a colour"):
+        decode(save(values.astype(np.float32), "TIFF"))
+
+
+def test_a_tiff_is_shown_upright():
+    picture = make_smooth_picture(3)
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[274] = 6  # turned by a quarter
+    np.testing.assert_array_equal(decode(save(picture, "TIFF", tiffinfo=tags)).frames[0], np.rot90(picture, -1))
 
 
 def save_animation(pictures: np.ndarray, **options) -> bytes:

@@ -14,7 +14,7 @@ from dit_video.core.errors import DecodeError
 from dit_video.core.resize import resize
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
-from dit_video.video.to_rgb import blend_over_black
+from dit_video.video.background import blend
 
 FLAGS = "accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
 MATRICES = {"bt601": 6, "bt709": 1, "bt2020": 9}
@@ -175,7 +175,7 @@ def test_colours_are_multiplied_with_alpha_as_in_ffmpeg():
     """All 65,536 pairs are rounded to nearest, as by ffmpeg over a black picture."""
     colour, alpha = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
     image = np.stack([colour, colour, colour, alpha], axis=-1).astype(np.uint8)
-    result = blend_over_black(image)
+    result = blend(image)
     np.testing.assert_array_equal(result[..., 1], np.rint(colour * alpha / 255))
     graph = av.filter.Graph()
     source = graph.add("buffer", "video_size=256x256:pix_fmt=rgba:time_base=1/1:pixel_aspect=1/1")

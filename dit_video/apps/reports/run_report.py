@@ -20,6 +20,7 @@ from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.measure import EvaluationResult
 from dit_video.experiment.run import EXCLUDED_FILE, Run
 from dit_video.experiment.several_models import list_models
+from dit_video.experiment.stages.autoencoder import WINDOWS
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import RUN_CONFIG
 from dit_video.sampling.request import Request
@@ -72,7 +73,7 @@ def write_run_report(
         charts=_make_charts(source),
         programs=_read_programs(source),
         times=times,
-        metrics=_make_tables(evaluation) | _make_excluded_tables(excluded),
+        metrics=_make_tables(evaluation) | _make_window_tables(source) | _make_excluded_tables(excluded),
         config=config_json.to_json(pipeline.config) if config is None else config,
         commands=_make_commands(pipeline, source),
     )
@@ -92,7 +93,7 @@ def write_autoencoder_report(path: str | Path, run: Run, evaluation: EvaluationR
         charts=_make_charts(run.folder),
         programs=_read_programs(run.folder),
         times=times,
-        metrics=_make_tables(evaluation) | _make_excluded_tables(excluded),
+        metrics=_make_tables(evaluation) | _make_window_tables(run.folder) | _make_excluded_tables(excluded),
         config=config_json.to_json(experiment),
     )
     write_report(path, report)
@@ -201,6 +202,16 @@ def _make_excluded_figures(excluded: Mapping[str, Mapping[str, Any]]) -> tuple[F
 def _make_excluded_tables(excluded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the reasons for which clips are excluded, by name."""
     return {label: dict(list(content["excluded"].items())[:_MAX_EXCLUDED]) for label, content in excluded.items()}
+
+
+def _make_window_tables(folder: Path) -> dict[str, Any]:
+    """Return the shapes of windows that the autoencoder of a run was trained on, with the clips that have room."""
+    path = folder / "autoencoder" / WINDOWS
+    if not path.is_file():
+        return {}
+    windows = [(config_json.from_json(each["window"]), each["clips"]) for each in read_json(path)]
+    sizes = {f"{window.size}, {window.batch} a step": f"{clips} clips" for window, clips in windows}
+    return {"Windows of the autoencoder's training": sizes}
 
 
 def _describe_sampling(evaluation: EvaluationResult) -> str:

@@ -50,6 +50,7 @@ SCHEMA = pa.schema(
         **dict.fromkeys(("height", "width", "frames"), pa.int32()),
         **dict.fromkeys(("fps", "seconds"), pa.float64()),
         **dict.fromkeys(("codec", "transfer", "audio_codec"), pa.string()),
+        "transparent": pa.bool_(),
         **dict.fromkeys(("audio_rate", "audio_channels"), pa.int32()),
         "audio_offset": pa.float64(),
         **dict.fromkeys(("motion", "black", "frozen", "sharpness", "letterbox"), pa.float32()),

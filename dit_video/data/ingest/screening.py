@@ -46,6 +46,8 @@ class Shot:
     """Name of the video codec."""
     transfer: str = "sdr"
     """Transfer function: "sdr", or "pq" or "hlg" for HDR."""
+    transparent: bool = False
+    """Whether a pixel of the file is transparent."""
     motion: float | None = None
     """Average change of luma in levels of 255 per second."""
     black: float | None = None

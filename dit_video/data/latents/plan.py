@@ -236,12 +236,12 @@ def compute_latent_identity(encoding: Encoding) -> dict[str, Any]:
 
 
 def hash_inputs(clips: ClipSource, columns: Sequence[str]) -> list[str]:
-    """Return a hash of each clip's bytes and of its values in some columns: of all that its encoding is made from."""
-    payloads = clips.column("payload")
+    """Return a hash of each clip's content and of its values in some columns: of all that its encoding is made from."""
+    contents = clips.list_contents()
     if not columns:
-        return payloads
+        return contents
     values = (each.tolist() if isinstance(each, np.ndarray) else each for each in map(clips.column, columns))
-    pairs = zip(payloads, *values, strict=True)
+    pairs = zip(contents, *values, strict=True)
     return [hashlib.sha256(repr(each).encode("utf-8", "surrogatepass")).hexdigest() for each in pairs]
 
 

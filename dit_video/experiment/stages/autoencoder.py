@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dit_video.core import rng
+from dit_video.core import config_json, rng
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.files import read_json, write_json
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.latents.offline import measure_latent_moments
 from dit_video.data.windows import ClipCrops, FittedWindows, WindowBatches, WindowConfig
@@ -37,6 +38,8 @@ from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.video import Clip
 from dit_video.weights import save as save_weights
 
+WINDOWS = "windows.json"
+"""File in the folder of a training with the shapes of its windows, and the number of clips that have room for each."""
 _MOMENT_BATCHES = 64
 """Number of batches of training windows that the latents' mean and deviation are measured on."""
 _PREVIEW_WINDOWS, _PREVIEW_LATENTS = 256, 32768
@@ -82,7 +85,7 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
         if run.has_begun(self.name):
             run.check_kept_clips()
         if isinstance(self.windows, FittedWindows):
-            self._check_windows(self.choose_windows(self.open_crops(run)), run.experiment)
+            self._check_windows(self._fix_windows(run).windows, run.experiment)
 
     def _check_windows(self, windows: Sequence[WindowConfig], experiment: Experiment) -> None:
         if not windows:
@@ -110,12 +113,41 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
                     f"{limits.max_pixels} pixels. Use a smaller window, or raise max_frames or max_pixels."
                 )
 
+    def _fix_windows(self, run: Run) -> "TrainAutoencoder":
+        """Return the stage with the windows that were chosen when its training began, or are chosen for it now."""
+        if not isinstance(self.windows, FittedWindows):
+            return self
+        path = run.folder / self.name / WINDOWS
+        if path.is_file():
+            chosen = tuple(config_json.from_json(each["window"]) for each in read_json(path))
+        else:
+            chosen = self.windows.choose(self.open_crops(run))
+        return dataclasses.replace(self, windows=chosen)
+
+    def _record_windows(self, run: Run, crops: ClipCrops) -> None:
+        """Print the shapes of the training's windows, and write them to a file."""
+        windows = self.choose_windows(crops)
+        counts = [int((crops.sizes >= window.size).all(axis=1).sum()) for window in windows]
+        shapes = (
+            f"{window.size} of {count} clips ({window.batch} a step)"
+            for window, count in zip(windows, counts, strict=True)
+        )
+        print_on_first_process(f"the autoencoder is trained on windows of {', '.join(shapes)}")
+        if run.process == 0:
+            pairs = zip(windows, counts, strict=True)
+            content = [{"window": config_json.to_json(window), "clips": count} for window, count in pairs]
+            write_json(run.folder / self.name / WINDOWS, content)
+
     def run(self, run: Run) -> None:
+        self._fix_windows(run)._train(run)
+
+    def _train(self, run: Run) -> None:
         graph = get_graph_def(run.model.autoencoder.make)
         with run.recorder.phase(goodput.STARTUP):
             crops = self.open_crops(run)
             is_new = run.open_checkpoints(self.name).latest() is None
             trainer, open_batches = self.open_training(run, is_new=is_new)
+            self._record_windows(run, crops)
             trainer = dataclasses.replace(trainer, hooks=(*trainer.hooks, *self._make_hooks(run)))
             state = trainer.run(open_batches)
         params = to_host(state.ema)
@@ -129,14 +161,14 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
             save_weights(self.get_output(run), params)
 
     def open_training(self, run: Run, *, is_new: bool) -> Training:
-        model, crops = run.model.autoencoder, self.open_crops(run)
+        stage, model, crops = self._fix_windows(run), run.model.autoencoder, self.open_crops(run)
         step, constants = make_autoencoder_step(self, model, run.seed, mesh=run.mesh)
-        windows = TrainingWindows(run.folder / self.name, self, crops, run.seed)
+        windows = TrainingWindows(run.folder / self.name, stage, crops, run.seed)
         init = make_init(model, windows if is_new and self.init_from is None else None)
         trainer = run.make_trainer(self.name, steps=self.steps, init=init, train_step=step)
         load_params = functools.partial(load_initial_params, self, model, rng.key(run.seed, "inflation"))
         trainer = dataclasses.replace(trainer, load_params=load_params, constants=constants)
-        return Training(trainer, functools.partial(self.open_batches, run, crops))
+        return Training(trainer, functools.partial(stage.open_batches, run, crops))
 
     def open_crops(self, run: Run) -> ClipCrops:
         """Return the training clips at the sizes that windows are cut from."""
