@@ -349,7 +349,9 @@ def parse_background(text: str) -> Colour | Literal["random", "file"]:
     Raises:
       UserError: If there is no such background.
     """
-    return text if text == "random" or text == "file" else parse_colour(text)
+    if text == "random":
+        return "random"
+    return "file" if text == "file" else parse_colour(text)
 
 
 def is_ingested(folder: StoragePathLike) -> bool:

@@ -22,11 +22,12 @@ def parse_colour(text: str) -> Colour:
       UserError: If the text is no such colour, or a transparent one.
     """
     try:
-        red, green, blue = ImageColor.getrgb(text)
-    except ValueError as error:
-        fix = "Use one such as white or #f2f2f2"
-        raise UserError(f"background={text!r} is invalid: it is no opaque colour. {fix}.") from error
-    return red, green, blue
+        colour = ImageColor.getrgb(text)
+    except ValueError:
+        colour = None
+    if colour is None or len(colour) != 3:
+        raise UserError(f"background={text!r} is invalid: it is no opaque colour. Use one such as white or #f2f2f2.")
+    return colour
 
 
 def read_file_background(content: bytes) -> Colour | None:
