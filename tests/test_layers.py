@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dit_video"
 
 LEVELS = (
-    ("web", "apps", "curation", "planning", "scenes"),
+    ("web", "apps", "curation", "planning", "scenes", "emoji"),
     ("loading",),
     ("experiment",),
     ("evaluation", "families"),
