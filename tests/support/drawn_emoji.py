@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw
 
 SIDE = 256
 TONES = {"1f3fb": (250, 220, 190), "1f3fd": (200, 150, 110), "1f3ff": (90, 60, 40)}
-PERSONS = {"1f468": "square", "1f469": "circle"}
+PERSONS = {"1f468": "short hair", "1f469": "long hair"}
+HAIR = (110, 60, 20)
 ROLES = {"1f692": (210, 40, 40), "1f373": (240, 240, 240), "2708-fe0f": (40, 60, 200)}
 """Code points of the roles firefighter, cook and pilot, with the colours of their clothes."""
 PICTURES = {"2764-fe0f": (220, 20, 60), "1f7e6": (20, 60, 220)}
@@ -32,8 +33,9 @@ def draw_emoji(stem: str) -> tuple[Sequence[np.ndarray], float]:
         image = Image.new("RGBA", (SIDE, SIDE))
         draw, top = ImageDraw.Draw(image), 40 + round(30 * np.sin(2 * np.pi * number / count))
         draw.rectangle((68, top + 100, 188, 250), fill=ROLES[role])
-        head = draw.rectangle if PERSONS.get(person) == "square" else draw.ellipse
-        head((83, top, 173, top + 110), fill=TONES[tone])
+        if PERSONS[person] == "long hair":
+            draw.rectangle((58, top, 198, top + 140), fill=HAIR)
+        draw.ellipse((83, top, 173, top + 110), fill=TONES[tone])
         frames.append(np.asarray(image))
     return frames, count / 24
 
