@@ -3,7 +3,7 @@
 Whoever imports this module can name them: `emoji`, `emoji_tones` and `emoji_persons`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -76,5 +76,7 @@ def _read(emoji: EmojiSet, numbers: list[int], side: int, index: int, fps: float
     return Clip(resize(clip.frames, side, side), fps=clip.fps, caption=clip.caption)
 
 
-for _name, _kind in (("emoji", "seen"), ("emoji_tones", "tone"), ("emoji_persons", "person")):
-    register_protocol(EmojiProtocol(name=_name, kind=_kind, metrics=EMOJI_METRICS, count=256, codec="apng", seed=10**6))
+_SEEN = EmojiProtocol(name="emoji", metrics=EMOJI_METRICS, count=256, codec="apng", seed=10**6)
+register_protocol(_SEEN)
+register_protocol(replace(_SEEN, name="emoji_tones", kind="tone"))
+register_protocol(replace(_SEEN, name="emoji_persons", kind="person"))

@@ -85,7 +85,7 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
         if run.has_begun(self.name):
             run.check_kept_clips()
         if isinstance(self.windows, FittedWindows):
-            self._check_windows(self._fix_windows(run).windows, run.experiment)
+            self._check_windows(self._fix_windows(run), run.experiment)
 
     def _check_windows(self, windows: Sequence[WindowConfig], experiment: Experiment) -> None:
         if not windows:
@@ -113,16 +113,12 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
                     f"{limits.max_pixels} pixels. Use a smaller window, or raise max_frames or max_pixels."
                 )
 
-    def _fix_windows(self, run: Run) -> "TrainAutoencoder":
-        """Return the stage with the windows that were chosen when its training began, or are chosen for it now."""
-        if not isinstance(self.windows, FittedWindows):
-            return self
+    def _fix_windows(self, run: Run) -> tuple[WindowConfig, ...]:
+        """Return the windows that were chosen when the training began, or are chosen for it now."""
         path = run.folder / self.name / WINDOWS
-        if path.is_file():
-            chosen = tuple(config_json.from_json(each["window"]) for each in read_json(path))
-        else:
-            chosen = self.windows.choose(self.open_crops(run))
-        return dataclasses.replace(self, windows=chosen)
+        if isinstance(self.windows, FittedWindows) and path.is_file():
+            return tuple(config_json.from_json(each["window"]) for each in read_json(path))
+        return self.choose_windows(self.open_crops(run))
 
     def _record_windows(self, run: Run, crops: ClipCrops) -> None:
         """Print the shapes of the training's windows, and write them to a file."""
@@ -139,7 +135,7 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
             write_json(run.folder / self.name / WINDOWS, content)
 
     def run(self, run: Run) -> None:
-        self._fix_windows(run)._train(run)
+        dataclasses.replace(self, windows=self._fix_windows(run))._train(run)
 
     def _train(self, run: Run) -> None:
         graph = get_graph_def(run.model.autoencoder.make)
@@ -161,7 +157,8 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
             save_weights(self.get_output(run), params)
 
     def open_training(self, run: Run, *, is_new: bool) -> Training:
-        stage, model, crops = self._fix_windows(run), run.model.autoencoder, self.open_crops(run)
+        model, crops = run.model.autoencoder, self.open_crops(run)
+        stage = dataclasses.replace(self, windows=self._fix_windows(run))
         step, constants = make_autoencoder_step(self, model, run.seed, mesh=run.mesh)
         windows = TrainingWindows(run.folder / self.name, stage, crops, run.seed)
         init = make_init(model, windows if is_new and self.init_from is None else None)
