@@ -126,7 +126,7 @@ def test_a_conditioner(add_package, tiny_pipeline):
     alone = generate_latents(tiny_pipeline, "a red circle", size=(9, 16, 32), seed=3, steps=4)
     for result, expected in zip(many, (alone, full, half), strict=True):
         np.testing.assert_allclose(result, expected, atol=1e-5)
-    with pytest.raises(UserError, match=r"generated has the shape \(2, 4\); use that of the latents"):
+    with pytest.raises(UserError, match=r"generated has the shape \(2, 4\); use \(3, 2, 4\), of the latents"):
         sample_latents(1.0, conditioner=theirs.Inpainting(clip=clip, generated=generated[0]))
     with pytest.raises(UserError, match=r"start_time=0\.1 is invalid: .* Use at least 0\.25, or more steps"):
         sample_latents(0.1)
@@ -208,7 +208,7 @@ def test_weights_of_8_bits(add_package, tmp_path):
     assert not (tmp_path / "styled").exists()
     training = LoraAdapters(init_from=str(tmp_path / "small"))
     with pytest.raises(UserError, match=r"init_from=.*small is invalid: .*kernel is a their_kernel:Int8Kernel"):
-        check_initial_weights(dataclasses.replace(EXPERIMENT.denoiser, train=training), EXPERIMENT.get_model())
+        check_initial_weights(dataclasses.replace(EXPERIMENT.denoiser, train=training), small.config.model)
     np.testing.assert_array_equal(sample_latents(loaded), result)
 
 

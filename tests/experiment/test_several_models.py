@@ -19,7 +19,7 @@ from dit_video.experiment.checkpoints import list_checkpoints
 from dit_video.experiment.launch import open_run
 from dit_video.loading import read_config
 from dit_video.models.conditioning import LowResolutionClip
-from dit_video.sampling.pipeline_config import PreviousStep
+from dit_video.sampling.pipeline_config import STEPS, PreviousStep, read_pipeline_config
 from support.extending import replace_backbone
 from support.latents import generate_latents
 
@@ -142,7 +142,7 @@ def test_models_are_joined_again_after_an_amendment(joined_copy, joined_models):
         run.run_stages()
         assert all(stage.is_done(run) for stage in run.stages)
         changed = dit_video.load(joined_copy)
-        assert np.abs(sample(changed) - sample(before)).max() > 0
+        assert read_pipeline_config(joined_copy / "pipeline" / STEPS / "low_resolution").sampling.steps == 1
         digests.append(changed.compute_digest().split("-"))
     (last, *others), (prior, same, other) = zip(*digests, strict=True)
     assert others == [last, last]
