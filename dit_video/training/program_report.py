@@ -10,6 +10,7 @@ from typing import TypeVar
 import jax
 from jax.sharding import Mesh
 
+from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.core.hlo import ATTENTION_KERNELS, AttentionCall, CollectiveTraffic, Program, read_program
 from dit_video.core.memory import format_bytes
@@ -79,14 +80,17 @@ class ProgramReport:
 
     @classmethod
     def read(cls, folder: Path) -> "ProgramReport | None":
-        """Return the report of a training; None if its folder has none."""
+        """Return the report of a training; None if it has none, or one that is damaged or of another version."""
         path = folder / PROGRAM_FILE
         if not path.is_file():
             return None
-        values = read_json(path)
-        if (moved := values["moved"]) is not None:
-            moved = tuple(CollectiveTraffic(**each | {"axes": tuple(each["axes"])}) for each in moved)
-        return cls(**values | {"moved": moved, "warnings": tuple(values["warnings"])})
+        try:
+            values = read_json(path)
+            if (moved := values["moved"]) is not None:
+                moved = tuple(CollectiveTraffic(**each | {"axes": tuple(each["axes"])}) for each in moved)
+            return cls(**values | {"moved": moved, "warnings": tuple(values["warnings"])})
+        except (UserError, OSError, LookupError, TypeError):
+            return None
 
 
 def format_traffic(part: CollectiveTraffic) -> str:

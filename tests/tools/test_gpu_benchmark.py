@@ -208,6 +208,23 @@ def test_kernels_of_a_trace_are_told_by_class_with_their_shares(load, tmp_path):
     assert next(iter(table["largest"])).startswith("nvjet")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_128x256", "products"),
+        ("sm90_xmma_conv_fprop", "products"),
+        ("loop_convolution_fusion", "products"),
+        ("loop_convert_fusion", "other fusions"),
+        ("wrapped_convert", "other fusions"),
+        ("input_convert_reduce_fusion", "reductions"),
+        ("ncclDevKernel_AllGather", "collectives"),
+        ("cudnn_generated_fort_native_sdpa_flash", "attention"),
+    ],
+)
+def test_kernels_have_classes_by_their_names(load, name, kind):
+    assert load("gpu.kernels").classify(name) == kind
+
+
 def test_operations_are_the_kernels_of_a_trace_without_streams(load, tmp_path):
     kernels = load("gpu.kernels")
     traced = [(1, "dot.4", 0, 10, {"hlo_op": "dot.4"}), (1, "a host's function", 0, 100, {})]

@@ -99,6 +99,12 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     assert ProgramReport.read(tmp_path / "other") is None
 
 
+@pytest.mark.parametrize("content", ["{}", '{"moved": null, "warnings": [], "later": 1}', '{"moved"', "[]"])
+def test_a_report_that_is_damaged_or_of_another_version_is_none(tmp_path, content):
+    (tmp_path / PROGRAM_FILE).write_text(content)
+    assert ProgramReport.read(tmp_path) is None
+
+
 def test_the_numbers_are_logged():
     assert make_report().get_metrics() == {
         "program_kernel_calls": 48,

@@ -218,7 +218,7 @@ class RunReader:
             grids=grids,
             checkpoints=checkpoints,
             evaluations=read_evaluations(folder / "evaluations"),
-            program=_read_program(folder),
+            program=ProgramReport.read(folder),
         )
 
     def _list_checkpoints(self, name: str) -> tuple[SavedCheckpoint, ...]:
@@ -230,12 +230,6 @@ class RunReader:
             known = list_checkpoints(self.folder, name)
         self._checkpoints[name] = time.monotonic(), known
         return known
-
-
-def _read_program(folder: Path) -> ProgramReport | None:
-    with contextlib.suppress(UserError, OSError, KeyError, TypeError, ValueError):  # of another version
-        return ProgramReport.read(folder)
-    return None
 
 
 def read_plan(run: Path) -> RunPlan:

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from dit_video.core.errors import UserError
 from dit_video.core.memory import name_exhausted_memory
 from dit_video.core.trees import flatten, map_with_path
-from dit_video.distributed import shard_batch
+from dit_video.distributed import RowPart, shard_batch
 from dit_video.experiment.denoiser import init_denoiser
 from dit_video.experiment.self_check.step_checks import ValueReader
 from dit_video.experiment.self_check.subject import CheckedTraining, Problem
@@ -51,9 +51,11 @@ def check_context_parallel(subject: CheckedTraining, params: Any, rows: PackedBa
     mesh = subject.trainer.mesh
     if mesh.shape["context"] == 1:
         return []
-    valid = np.zeros_like(np.asarray(rows.valid))
-    valid[:1] = np.asarray(rows.valid)[:1] & (jax.process_index() == 0)
     try:
+        # The first process's rows, which others share if `context` spans several.
+        has_row = RowPart.from_mesh(mesh).part_index == RowPart.from_mesh(mesh, process=0).part_index
+        valid = np.zeros_like(np.asarray(rows.valid))
+        valid[:1] = np.asarray(rows.valid)[:1] & has_row
         with name_exhausted_memory("the comparison", "It needs a row of two layers on one device."):
             model, first_layers = _take_first_layers(subject, params)
             reader = ValueReader(subject, first_layers)

@@ -16,7 +16,7 @@ SHORT_SECONDS = 20e-6
 _CLASSES = (
     ("collectives", r"nccl|all-?reduce|all-?gather|reduce-?scatter"),
     ("attention", r"fmha|flash|sdpa|fused_?attention"),
-    ("products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|^dot|convolution|conv"),
+    ("products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|^dot|conv(?!ert)"),
     ("copies", r"memcpy|memset|copy|transpose"),
     ("reductions", r"reduce"),
     ("other fusions", r"fusion|wrapped"),

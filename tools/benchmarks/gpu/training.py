@@ -103,8 +103,10 @@ def measure(size: TrainingSize, variant: Variant, budget: TimeBudget) -> Iterato
     yield f"{name}: peak memory", get_peak_memory()["bytes"] / 2**30
     try:
         table = summarize(trace_kernels(functools.partial(timed.repeat, _TRACED_STEPS)), _TRACED_STEPS)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter of JAX's profiler
         raise UserError(f"the trace cannot be written ({error}). Use a TMPDIR with space.") from error
+    if not table:
+        raise UserError("the trace has no kernels. Give this user the right to profile the card (CUPTI).")
     yield DETAILS, {"kernels": table}
     rows = table.get("classes", {}).items()
     text = ", ".join(f"{kind} {row['share']:.0%} ({row['short']:.0f} of {row['a step']:.0f})" for kind, row in rows)
