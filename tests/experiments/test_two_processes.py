@@ -76,6 +76,17 @@ def test_two_processes_train_sample_and_report_what_one_does(tiny_clips, tiny_ru
     assert measured | {"evaluation_step"} == set(logged_values)
 
 
+@pytest.mark.nightly
+def test_context_over_two_processes_is_checked_without_a_false_alarm(tiny_clips, tmp_path):
+    """Both have the same rows, of which the check compares one."""
+    run = tmp_path / "run"
+    command = ["experiments/train.py", "tests/support/tiny.py", "--data", tiny_clips, "--workdir", run]
+    command += ["--monitoring.self-check", "--parallel.context", "2", "--parallel.context-attention", "ulysses"]
+    run_in_two_processes(tmp_path, *command)
+    problems = [json.loads(line) for line in (run / "denoiser" / "self_check.jsonl").read_text().splitlines()]
+    assert not [problem for problem in problems if problem["check"] == "context_parallel"]
+
+
 def assert_samples_are_those_of_one_device(run: Path, step: int) -> None:
     """Compare the clips that were sampled after the last step with those of the exported pipeline."""
     pipeline = dit_video.load(run)
